@@ -1,9 +1,11 @@
 """Heat maps painted over thumbnails, with a legend and a scale bar in µm. Arrays in, an array out; exports.py writes it."""
 
+import functools
 from typing import Protocol
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 INK, RULE, PAPER = (40, 44, 52), (205, 208, 214), (250, 250, 251)
@@ -13,6 +15,12 @@ _HATCH_DARK, _HATCH_LIGHT, _HATCH_PERIOD_PX = (
     8,
 )  # neither white nor black: no tissue is so
 _STRIP_PX, _MARGIN_PX, _LEAST_WIDTH_PX = 46, 14, 420
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    """The font that comes with Matplotlib: Pillow's own has no µ."""
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 11)
 
 
 class SlideMap(Protocol):
@@ -117,7 +125,7 @@ def _hatch(height: int, width: int) -> np.ndarray:
 
 def _draw_colour_bar(canvas: Image.Image, top: int, colormap: str, limits: tuple[float, float], label: str) -> int:
     """Draws it and returns the x where it ends."""
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(canvas), _font()
     left, width = _MARGIN_PX, 110
     bar = _colours(np.linspace(0, 1, width), colormap, (0, 1)).astype(np.uint8)
     canvas.paste(Image.fromarray(np.repeat(bar[None], 10, 0)), (left, top + 10))
@@ -129,7 +137,7 @@ def _draw_colour_bar(canvas: Image.Image, top: int, colormap: str, limits: tuple
 
 def _draw_missing_key(canvas: Image.Image, left: int, top: int) -> None:
     canvas.paste(Image.fromarray(_hatch(10, 20)), (left, top + 10))
-    ImageDraw.Draw(canvas).text((left + 27, top + 8), "not readable", INK, ImageFont.load_default(12))
+    ImageDraw.Draw(canvas).text((left + 27, top + 8), "not readable", INK, _font())
 
 
 def _draw_scale_bar(draw: ImageDraw.ImageDraw, right: int, top: int, mpp: float) -> None:
@@ -140,4 +148,4 @@ def _draw_scale_bar(draw: ImageDraw.ImageDraw, right: int, top: int, mpp: float)
     text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
     left, middle = right - _MARGIN_PX - round(length_um / mpp), right - _MARGIN_PX - round(length_um / mpp / 2)
     draw.rectangle([left, top + 12, right - _MARGIN_PX - 1, top + 15], fill=INK)
-    draw.text((middle, top + 20), text, INK, ImageFont.load_default(12), anchor="ma")
+    draw.text((middle, top + 20), text, INK, _font(), anchor="ma")

@@ -1,0 +1,70 @@
+"""From a row of the cohort table to the tiles of its slide: open, find tissue, lay the grid, read the annotation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from data_pipelines.annotations import Shape, check_inside, read_annotation
+from data_pipelines.cohort import SlideRecord
+from data_pipelines.slides import Slide, open_slide
+from data_pipelines.tiles import Grid, Tiles, tile_slide
+from data_pipelines.tissue import tissue_mask
+
+TISSUE_MPP = 8.0  # µm per pixel of the image that tissue is looked for on (about x1.25)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSlide:
+    """An open slide with its tiles on tissue, and the low-magnification image (uint8 [h, w, 3] at TISSUE_MPP) they come from."""
+
+    record: SlideRecord
+    slide: Slide
+    tiles: Tiles
+    thumbnail: np.ndarray
+    tissue: np.ndarray
+
+
+def prepare_slide(
+    record: SlideRecord,
+    grid: Grid,
+    *,
+    min_tissue: float,
+    mpp_override: float | None = None,
+    annotated: bool = False,
+) -> PreparedSlide:
+    """Opens and checks the slide, masks tissue by Otsu's threshold and keeps the grid's tiles on it.
+
+    With `annotated` the record's annotation is read and the tiles' `annotated` column filled. Raises SlideError or AnnotationError; a
+    slide without tissue has no tiles, which is not an error here.
+    """
+    slide = open_slide(record.path, mpp_cohort=record.mpp, mpp_override=mpp_override)
+    try:
+        thumbnail = slide.thumbnail(TISSUE_MPP)
+        mask = tissue_mask(thumbnail)
+        shapes = read_shapes(record, slide) if annotated and record.annotation else None
+        tiles = tile_slide(
+            record.slide_id,
+            width=slide.width,
+            height=slide.height,
+            slide_mpp=slide.mpp,
+            grid=grid,
+            tissue=mask,
+            mask_downsample=TISSUE_MPP / slide.mpp,
+            min_tissue=min_tissue,
+            shapes=shapes,
+        )
+    except BaseException:
+        slide.close()
+        raise
+    return PreparedSlide(record, slide, tiles, thumbnail, mask)
+
+
+def read_shapes(record: SlideRecord, slide: Slide) -> list[Shape]:
+    """The record's annotation in level-0 pixels of its slide. Raises AnnotationError where nothing of it lies on the slide."""
+    if record.annotation is None:
+        return []
+    shapes = read_annotation(record.annotation)
+    check_inside(shapes, slide.width, slide.height)
+    return shapes

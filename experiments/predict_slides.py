@@ -1,0 +1,236 @@
+"""Slide probabilities, heat maps and Grad-CAM of slides, with a finished model.
+
+    python -m experiments.predict_slides --workdir=runs/ws --slides=<file, folder or CSV> --out=out
+
+Leaves out/slides.csv (a row for every slide given), a folder for each slide, out/summary.json and out/report.html. The exit status is
+0 only when every slide is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from absl import flags
+
+from data_pipelines.annotations import AnnotationError
+from data_pipelines.cohort import SlideRecord, read_cohort
+from data_pipelines.exports import write_json, write_table, write_text
+from data_pipelines.prepare import PreparedSlide, prepare_slide
+from data_pipelines.scan import ScanJob, ScanShape, prefetch, scan
+from data_pipelines.slides import RegionError, SlideError, find_slides
+from data_pipelines.tiles import Grid
+from experiments.run.evaluation import evaluate, notes
+from experiments.run.model import Model
+from experiments.run.program import UsageError, run, use_all_cores
+from experiments.run.progress import progress
+from experiments.run.scoring import TileScorer
+from experiments.run.slide_outputs import PICTURES, SlideCollector, SlideResult
+from experiments.run.slides import NO_TISSUE
+from experiments.run.workdir import versions
+from srcc_jax.metrics import roc_curve
+from srcc_jax.parallel import make_mesh
+from srcc_jax.report import Report, SlideRow, render
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a finished model", required=True)
+_SLIDES = flags.DEFINE_string(
+    "slides", None, "a slide, a folder (searched with its sub-folders) or a cohort CSV", required=True
+)
+_OUT = flags.DEFINE_string("out", None, "folder for the results", required=True)
+_SPLIT = flags.DEFINE_string("split", None, "of a cohort CSV, predict this split only (train, validation or test)")
+_STRIDE = flags.DEFINE_integer(
+    "stride", None, "stride in pixels, where it should not be the model's; 32 is the paper's for Grad-CAM"
+)
+_GRADCAM = flags.DEFINE_bool("gradcam", True, "make Grad-CAM maps")
+_MPP_OVERRIDE = flags.DEFINE_float(
+    "mpp_override", None, "µm per pixel of level 0 for slides that do not say it themselves"
+)
+_THREADS = flags.DEFINE_integer("threads", 2, "threads that read slides")
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the bootstrap")
+
+
+def slide_records(slides: str, split: str | None) -> tuple[SlideRecord, ...]:
+    """The slides that --slides names, with their labels where it is a cohort table."""
+    path = pathlib.Path(slides)
+    if path.suffix.lower() == ".csv":
+        cohort = read_cohort(path, require_files=False)
+        records = cohort.split(split).records if split else cohort.records
+        if not records:
+            raise UsageError(f"{path} has no slide in the split {split!r}")
+        return records
+    if split:
+        raise UsageError("--split needs --slides to be a cohort CSV")
+    found = find_slides(path)
+    root = path if path.is_dir() else path.parent
+    stems = [p.stem if p.is_file() else p.name for p in found]
+    unique = [s if stems.count(s) == 1 else "__".join(p.relative_to(root).parts) for s, p in zip(stems, found)]
+    return tuple(SlideRecord(i, p, None, i, None, None, None) for i, p in zip(unique, found))
+
+
+class Prediction:
+    """The cohort on its way through: slides are prepared ahead, their tiles share batches, and files are written behind."""
+
+    def __init__(self, records: Sequence[SlideRecord], grid: Grid, *, min_tissue: float, out: pathlib.Path):
+        self._records = records
+        self._grid = grid
+        self._min_tissue = min_tissue
+        self._out = out
+        self._open: list[SlideCollector] = []
+        self._results: dict[str, SlideResult] = {}
+        self._next_row = 0
+        self._prepared = 0
+
+    def run(self, scorer: TileScorer, model: Model, *, threads: int) -> list[SlideResult]:
+        """Results in the order of the records."""
+        folded = scorer.fold(model.variables)
+        shape = ScanShape.of(self._grid)
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as writer, progress(None, "predicting") as bar:
+            writing: list[Future[SlideResult]] = []
+            batches = prefetch(scan(self._jobs(), shape, threads=threads), depth=2)
+            with contextlib.closing(batches):
+                for scored in scorer.score(folded, batches):
+                    bar.total = self._estimated_tiles()
+                    bar.update(sum(collector.add(scored) for collector in self._open))
+                    for collector in [c for c in self._open if c.complete]:
+                        self._open.remove(collector)
+                        folder = self._out / "slides" / collector.prepared.record.slide_id
+                        writing.append(writer.submit(collector.write, folder))
+                    writing = [future for future in writing if not self._keep(future)]
+            for future in writing:
+                self._note(future.result())
+        return [self._results[record.slide_id] for record in self._records]
+
+    def _jobs(self) -> Iterator[ScanJob]:
+        for record in self._records:
+            self._prepared += 1
+            try:
+                prepared = prepare_slide(
+                    record, self._grid, min_tissue=self._min_tissue, mpp_override=_MPP_OVERRIDE.value
+                )
+            except (SlideError, RegionError, AnnotationError) as error:
+                self._note(SlideResult(record.slide_id, str(record.path), "failed", str(error)))
+                continue
+            if not len(prepared.tiles):
+                self._note(self._empty(prepared))
+                continue
+            collector = SlideCollector(prepared, first_row=self._next_row)
+            self._next_row += len(prepared.tiles)
+            self._open.append(collector)
+            yield ScanJob(lambda slide=prepared.slide: contextlib.nullcontext(slide), prepared.tiles, collector.rows)
+
+    def _estimated_tiles(self) -> int:
+        """Tiles of the cohort, as far as it is known: the slides still to be opened are taken to be like those before them."""
+        return round(self._next_row / max(1, self._prepared) * len(self._records))
+
+    def _empty(self, prepared: PreparedSlide) -> SlideResult:
+        prepared.slide.close()
+        slide, record = prepared.slide, prepared.record
+        return SlideResult(record.slide_id, str(record.path), "failed", NO_TISSUE, None, slide.mpp, slide.mpp_source)
+
+    def _keep(self, future: Future[SlideResult]) -> bool:
+        if future.done():
+            self._note(future.result())
+        return future.done()
+
+    def _note(self, result: SlideResult) -> None:
+        """Adds a row and writes the table again, so that it always tells how far the cohort has come."""
+        self._results[result.slide_id] = result
+        rows = [self._results[r.slide_id] for r in self._records if r.slide_id in self._results]
+        names = [field.name for field in dataclasses.fields(SlideResult)]
+        write_table(self._out / "slides.csv", {name: [getattr(row, name) for row in rows] for name in names})
+
+
+def write_report(
+    model: Model, records: Sequence[SlideRecord], results: Sequence[SlideResult], out: pathlib.Path, speed: dict
+) -> None:
+    """summary.json and report.html; with metrics where every finished slide has a label and both classes are there."""
+    done = [(record, row) for record, row in zip(records, results) if row.status == "done"]
+    summary, curves = {}, {}
+    if done and all(record.label is not None for record, _ in done):
+        label = np.asarray([record.label == model.positive for record, _ in done], int)
+        score = np.asarray([row.probability for _, row in done])
+        if 0 < label.sum() < len(label):
+            summary = evaluate(label, score, np.asarray([record.patient_id for record, _ in done]), seed=_SEED.value)
+            curves = {model.about["name"]: roc_curve(label, score)}
+    slides = [
+        SlideRow(
+            slide_id=row.slide_id,
+            label=record.label or "",
+            patient_id=record.patient_id,
+            probability=row.probability,
+            status=row.status,
+            reason=row.reason,
+            tiles=row.tiles,
+            images=_pictures(out, row.slide_id),
+        )
+        for record, row in zip(records, results)
+    ]
+    report = Report(
+        title=f"{model.positive} in {len(results)} slides",
+        subtitle=f"{model.about['name']}, {model.grid.mpp:g} µm per pixel, tiles of {model.grid.tile} px at stride {model.grid.stride}",
+        summary=summary,
+        notes=notes(_SEED.value)
+        if summary
+        else ["No metrics: they need labels of both classes for the finished slides."],
+        warnings=[f"{row.slide_id}: {row.reason}" for row in results if row.reason],
+        roc=curves,
+        slides=slides,
+        configuration={**model.about["settings"], **speed},
+        versions=versions(),
+    )
+    write_text(out / "report.html", render(report))
+    failed = {row.slide_id: row.reason for row in results if row.status == "failed"}
+    auc = summary["ROC AUC"]["slide"] if summary else None
+    numbers = {
+        "slide_auc": auc,
+        "metrics": summary,
+        "slides": len(results),
+        "failed": failed,
+        **speed,
+        "versions": versions(),
+    }
+    write_json(out / "summary.json", numbers)
+
+
+def _pictures(out: pathlib.Path, slide_id: str) -> dict[str, bytes | str]:
+    found = {name: f"slides/{slide_id}/{file}" for name, file in PICTURES.items()}
+    return {name: path for name, path in found.items() if (out / path).exists()}
+
+
+def main() -> int:
+    """Predicts, reports, and returns the exit status."""
+    began = time.perf_counter()
+    use_all_cores()
+    model = Model.load(_WORKDIR.value)
+    records = slide_records(_SLIDES.value, _SPLIT.value)
+    out = pathlib.Path(_OUT.value).absolute()
+    grid = dataclasses.replace(model.grid, stride=_STRIDE.value or model.grid.stride)
+    scorer = TileScorer(model.architecture, tile=grid.tile, mesh=make_mesh(), cam=_GRADCAM.value)
+    prediction = Prediction(records, grid, min_tissue=model.min_tissue, out=out)
+    results = prediction.run(scorer, model, threads=_THREADS.value)
+    seconds = time.perf_counter() - began
+    speed = {
+        "tiles": scorer.tiles,
+        "tiles_per_second": scorer.tiles / scorer.seconds if scorer.seconds else 0.0,
+        "device_waiting_share": scorer.waiting_share,
+        "seconds": {"prediction": seconds},
+    }
+    write_report(model, records, results, out, speed)
+    failed = [row for row in results if row.status == "failed"]
+    print(
+        f"{len(results) - len(failed)} of {len(results)} slides done, {scorer.tiles} tiles in {seconds:.1f} s "
+        f"({speed['tiles_per_second']:.0f} tiles/s; the device waited {scorer.waiting_share:.1%} of the time): {out / 'report.html'}"
+    )
+    for row in failed:
+        print(f"failed: {row.slide_id}: {row.reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,68 @@
+"""A finished model on disk: weights.npz, and model.json that says what network they are for and how slides are tiled for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from data_pipelines.exports import atomic_write, write_json
+from data_pipelines.tiles import Grid
+from data_pipelines.weights import WeightsError, read_weights
+from experiments.run.workdir import WorkdirError
+from srcc_jax.models.efficientnet import Architecture
+
+_WEIGHTS, _CARD = "weights.npz", "model.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """architecture, variables {"params", "batch_stats"}; grid and min_tissue: how slides are tiled; positive: the label that the
+    probability is of; about: where it comes from (mode, step, validation loss, settings, versions)."""
+
+    architecture: Architecture
+    variables: Mapping[str, Any]
+    grid: Grid
+    min_tissue: float
+    positive: str
+    about: Mapping[str, Any]
+
+    def save(self, workdir: pathlib.Path) -> None:
+        """Writes the model into the work directory; weights first, so that a card never stands without them."""
+        flat = flax.traverse_util.flatten_dict(jax.device_get(self.variables), sep="/")
+        with atomic_write(workdir / _WEIGHTS) as temporary, temporary.open("wb") as file:
+            np.savez(file, **{name: np.asarray(value) for name, value in flat.items()})
+        card = {
+            "architecture": self.architecture.as_dict(),
+            "grid": dataclasses.asdict(self.grid),
+            "min_tissue": self.min_tissue,
+            "positive": self.positive,
+            "about": dict(self.about),
+        }
+        write_json(workdir / _CARD, card)
+
+    @classmethod
+    def load(cls, workdir: str | pathlib.Path) -> Model:
+        """Raises WorkdirError where there is no finished model, or the card and the weights do not belong together."""
+        folder = pathlib.Path(workdir)
+        try:
+            card = json.loads((folder / _CARD).read_text())
+        except FileNotFoundError:
+            raise WorkdirError(
+                f"{folder} holds no finished model ({_CARD} is missing): train one there first"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise WorkdirError(f"{folder / _CARD} is not JSON ({error}): train again, or restore the file") from error
+        try:
+            flat = read_weights(folder / _WEIGHTS)
+            architecture, grid = Architecture.from_dict(card["architecture"]), Grid(**card["grid"])
+            variables = flax.traverse_util.unflatten_dict(flat, sep="/")
+            return cls(architecture, variables, grid, card["min_tissue"], card["positive"], card["about"])
+        except (KeyError, TypeError, ValueError, WeightsError) as error:
+            raise WorkdirError(f"{folder} holds a model this version cannot read: {error}") from error

@@ -1,0 +1,87 @@
+"""How a program starts and ends: devices, signals, one clear line for every expected error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import jax
+from absl import app, logging
+
+from data_pipelines.annotations import AnnotationError
+from data_pipelines.cohort import CohortError
+from data_pipelines.exports import OutputError
+from data_pipelines.slides import SlideError
+from data_pipelines.weights import WeightsError
+from experiments.run.workdir import WorkdirError
+from srcc_jax.checkpoints import CheckpointError
+from srcc_jax.models.pretrained import PretrainedError
+from srcc_jax.parallel import set_cpu_devices
+from srcc_jax.train import Interrupted, TrainingDiverged
+
+EXPECTED = (
+    AnnotationError,
+    CheckpointError,
+    CohortError,
+    OutputError,
+    PretrainedError,
+    SlideError,
+    TrainingDiverged,
+    WeightsError,
+    WorkdirError,
+)
+
+
+class UsageError(ValueError):
+    """Flags that do not fit together, or name something that is not there."""
+
+
+class Stop:
+    """Becomes true at the first SIGTERM or SIGINT; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint", file=sys.stderr)
+
+    def __call__(self) -> bool:
+        return self._asked
+
+
+def use_all_cores(cache: str | None = None) -> None:
+    """On CPU one JAX device for each core that this process may use. Call before anything touches a device.
+
+    `cache`: a folder that keeps compiled programs, so that the next start does without the compilation.
+    """
+    set_cpu_devices(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs `main` under absl. Expected errors become one line and exit status 2; an interrupted run says how to go on."""
+
+    def guarded(argv: list[str]) -> int:
+        if len(argv) > 1:
+            raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+        logging.set_verbosity(logging.WARNING)
+        try:
+            return main() or 0
+        except (*EXPECTED, UsageError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except Interrupted as stopped:
+            print(f"stopped: {stopped}. The same command goes on from there.", file=sys.stderr)
+            return 130
+
+    app.run(lambda argv: sys.exit(guarded(argv)))

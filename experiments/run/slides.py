@@ -1,0 +1,94 @@
+"""The slides of a split with the tiles of all of them in one table; what could not be used is listed with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from data_pipelines.annotations import AnnotationError
+from data_pipelines.cohort import SlideRecord
+from data_pipelines.prepare import prepare_slide
+from data_pipelines.scan import ScanJob
+from data_pipelines.shelf import Shelf
+from data_pipelines.slides import RegionError, SlideError
+from data_pipelines.tiles import Grid, Tiles
+from experiments.run.progress import progress
+
+NO_TISSUE = "no tissue found: look at the slide, or lower --min_tissue"
+
+
+@dataclasses.dataclass(frozen=True)
+class SlideSet:
+    """records [S] that can be used; tiles: the table of all their tiles, slide by slide; slide int [N]: the record of each tile.
+    failed: (record, reason) of those that cannot be used."""
+
+    records: tuple[SlideRecord, ...]
+    tiles: Tiles
+    slide: np.ndarray
+    failed: tuple[tuple[SlideRecord, str], ...]
+
+    def rows(self, number: int) -> np.ndarray:
+        """Rows of the tiles of record `number`; they follow each other in the table."""
+        begin, end = np.searchsorted(self.slide, [number, number + 1])
+        return np.arange(begin, end)
+
+    def jobs(self, shelf: Shelf, numbers: Iterable[int], *, allowed: np.ndarray | None = None) -> Iterator[ScanJob]:
+        """Scanning jobs for the records `numbers`, over all their tiles or those that `allowed` (bool [N]) admits."""
+        for number in numbers:
+            rows = self.rows(number)
+            rows = rows if allowed is None else rows[allowed[rows]]
+            if len(rows):
+                lend = functools.partial(shelf.lend, self.records[number].slide_id)
+                yield ScanJob(lend, self.tiles.take(rows), rows)
+
+
+def prepare_slides(
+    records: Sequence[SlideRecord],
+    grid: Grid,
+    *,
+    min_tissue: float,
+    mpp_override: float | None,
+    annotated: bool,
+    cache: pathlib.Path,
+    threads: int = 2,
+) -> SlideSet:
+    """Opens every slide once and lays its tiles, which are kept in `cache` for the next start.
+
+    A slide that cannot be opened, has no tissue or a wrong annotation file is listed in `failed`; the others go on.
+    """
+
+    def tiles_of(record: SlideRecord) -> Tiles | str:
+        path = cache / f"{record.slide_id}.npz"
+        if path.exists():
+            return Tiles.load(path)
+        try:
+            prepared = prepare_slide(
+                record, grid, min_tissue=min_tissue, mpp_override=mpp_override, annotated=annotated
+            )
+        except (SlideError, RegionError, AnnotationError) as error:
+            return str(error)
+        prepared.slide.close()
+        if not len(prepared.tiles):
+            return NO_TISSUE
+        cache.mkdir(parents=True, exist_ok=True)
+        prepared.tiles.save(path)
+        return prepared.tiles
+
+    found: list[Tiles | str] = []
+    with ThreadPoolExecutor(threads) as pool, progress(len(records), "finding tissue", unit="slides") as bar:
+        for tiles in pool.map(tiles_of, records):
+            found.append(tiles)
+            bar.update()
+    usable = [(record, tiles) for record, tiles in zip(records, found) if isinstance(tiles, Tiles)]
+    failed = tuple((record, reason) for record, reason in zip(records, found) if isinstance(reason, str))
+    if not usable:
+        raise SlideError(
+            f"none of {len(records)} slides can be used; the first: {failed[0][0].slide_id}: {failed[0][1]}"
+        )
+    slide = np.repeat(np.arange(len(usable)), [len(tiles) for _, tiles in usable])
+    return SlideSet(tuple(r for r, _ in usable), Tiles.concatenate([t for _, t in usable]), slide, failed)

@@ -1,0 +1,110 @@
+"""The work directory of a run: its settings, its metrics log, and a refusal to be used for something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipelines.exports import OutputError, write_json
+
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "scikit-learn",
+    "openslide-python",
+    "cucim-cu13",
+)
+
+
+class WorkdirError(ValueError):
+    """The work directory cannot serve this run."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on; 'absent' for one that is not installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def file_hash(path: pathlib.Path) -> str:
+    """First 16 hexadecimal digits of the file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@dataclasses.dataclass
+class Workdir:
+    """An open work directory."""
+
+    path: pathlib.Path
+
+    @classmethod
+    def open(cls, path: str | pathlib.Path, settings: Mapping[str, Any]) -> Workdir:
+        """Makes the directory, or goes on in one that was made with the same settings.
+
+        Raises WorkdirError that lists every setting that differs, OutputError where nothing can be written.
+        """
+        folder = pathlib.Path(path).absolute()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be made ({error.strerror}); give another --workdir") from error
+        file = folder / "settings.json"
+        wanted = json.loads(json.dumps(dict(settings)))
+        if file.exists():
+            _same_settings(folder, json.loads(file.read_text()), wanted)
+        else:
+            write_json(file, wanted)
+        return cls(folder)
+
+    def log(self, stage: str, step: int, row: Mapping[str, float]) -> None:
+        """Appends a line to metrics.jsonl."""
+        entry = {"time": round(time.time(), 3), "stage": stage, "step": step, **row}
+        try:
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise OutputError(
+                f"{self.path / 'metrics.jsonl'}: {error.strerror}; free space or give another --workdir"
+            ) from error
+
+    def history(self, stage: str) -> list[dict[str, float]]:
+        """The log of a stage, one row a step, in order; where a step was done twice (after a kill), the later line counts."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        rows: dict[int, dict[str, float]] = {}
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+                continue
+            if entry["stage"] == stage:
+                rows.setdefault(entry["step"], {}).update(entry)
+        return [rows[step] for step in sorted(rows)]
+
+
+def _same_settings(folder: pathlib.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    names = sorted(set(found) | set(wanted))
+    different = [
+        f"{n}: {found.get(n)!r} there, {wanted.get(n)!r} asked for" for n in names if found.get(n) != wanted.get(n)
+    ]
+    if different:
+        raise WorkdirError(
+            f"{folder} holds a run with other settings ({'; '.join(different)}). Give another --workdir, or the same settings to go on."
+        )
