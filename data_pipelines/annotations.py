@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipelines import annotation_formats
 from data_pipelines.annotation_formats import AnnotationError, Content
-from data_pipelines.exports import atomic_write
+from data_pipelines.files import atomic_write
 from data_pipelines.polygons import EXCLUSION_GROUPS, Shape, bounding_box, rasterize
 
 __all__ = [

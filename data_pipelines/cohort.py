@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipelines import cohort_rows
 from data_pipelines.cohort_rows import COLUMNS, SPLIT_NAMES, SPLITS, CohortError, SlideRecord
-from data_pipelines.exports import atomic_write
+from data_pipelines.files import atomic_write
 
 __all__ = [
     "SPLITS",

@@ -1,39 +1,20 @@
 """Results to files, and nothing else writes files: each appears whole under its name or not at all."""
 
-import contextlib
 import csv
 import dataclasses
-import errno
 import json
 import os
-import uuid
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from data_pipelines.files import atomic_write
 from data_pipelines.overlays import SlideMap, draw_overlay
 
-_CURES = {
-    errno.ENOSPC: "free space there, or write to another disk",
-    errno.EDQUOT: "the quota there is used up: free space, or write elsewhere",
-    errno.EFBIG: "the file would exceed the limit on file sizes: raise it, or write elsewhere",
-    errno.EACCES: "give yourself the right to write there, or choose another folder",
-    errno.EPERM: "give yourself the right to write there, or choose another folder",
-    errno.EROFS: "the disk is mounted read-only: choose another folder",
-    errno.ENOTDIR: "a file stands where a folder is needed: move it, or choose another folder",
-    errno.EEXIST: "a file stands where a folder is needed: move it, or choose another folder",
-    errno.EISDIR: "a folder stands where a file is needed: move it, or choose another name",
-    errno.ENAMETOOLONG: "shorten the name",
-}
 _ARRAYS = ("values", "missing", "downsample", "origin", "mpp", "unit")
-
-
-class OutputError(RuntimeError):
-    """Results cannot be written: names path, reason and cure. No OSError, lest it pass for one slide's read error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,38 +27,6 @@ class StoredMap:
     origin: tuple[float, float]
     mpp: float
     unit: str
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path` to write to; it takes the name `path` when the block ends without an error.
-
-    Makes missing folders. Raises OutputError when folder or file cannot be written; other errors pass through. After
-    either, or a kill, what was at `path` is untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        about = {None, str(temporary), str(path), *map(str, path.parents)}
-        named = error.filename if error.filename is None else os.fsdecode(error.filename)
-        if error.errno in _CURES and named in about:
-            raise OutputError(f"cannot write {path}: {error.strerror}; {_CURES[error.errno]}") from error
-        raise
-    finally:
-        with contextlib.suppress(OSError):  # already renamed, or never begun
-            temporary.unlink()
-
-
-def check_writable(folder: str | os.PathLike) -> None:
-    """Makes the folder and a file in it, to learn at the start of a run, not at its end, that it cannot be written."""
-    with atomic_write(Path(folder) / ".writable") as temporary:
-        temporary.write_bytes(b"\n")
-    (Path(folder) / ".writable").unlink()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -141,15 +90,6 @@ def read_map(path: str | os.PathLike) -> StoredMap:
     except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no heat map of ours ({error}): predict the slide again") from error
     return StoredMap(values, missing, float(downsample), (float(origin[0]), float(origin[1])), float(mpp), str(unit))
-
-
-def _flush_to_disk(path: Path) -> None:
-    """Before the rename, so that a power cut cannot leave the name on an empty file."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cell(value: Any) -> Any:

@@ -12,18 +12,17 @@ from data_pipelines.slides import Slide, open_slide
 from data_pipelines.tiles import Grid, Tiles, tile_slide
 from data_pipelines.tissue import tissue_mask
 
-TISSUE_MPP = 8.0  # µm per pixel of the image that tissue is looked for on (about x1.25)
+TISSUE_MPP = 16.0  # µm per pixel of the image that tissue is looked for on (about x0.6)
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSlide:
-    """An open slide with its tiles on tissue, and the low-magnification image (uint8 [h, w, 3] at TISSUE_MPP) they come from."""
+    """An open slide, its tissue (bool [h, w] at TISSUE_MPP) and its tiles on it."""
 
     record: SlideRecord
     slide: Slide
-    tiles: Tiles
-    thumbnail: np.ndarray
     tissue: np.ndarray
+    tiles: Tiles
 
 
 def prepare_slide(
@@ -41,8 +40,7 @@ def prepare_slide(
     """
     slide = open_slide(record.path, mpp_cohort=record.mpp, mpp_override=mpp_override)
     try:
-        thumbnail = slide.thumbnail(TISSUE_MPP)
-        mask = tissue_mask(thumbnail)
+        mask = tissue_mask(slide.thumbnail(TISSUE_MPP))
         shapes = read_shapes(record, slide) if annotated and record.annotation else None
         tiles = tile_slide(
             record.slide_id,
@@ -58,7 +56,7 @@ def prepare_slide(
     except BaseException:
         slide.close()
         raise
-    return PreparedSlide(record, slide, tiles, thumbnail, mask)
+    return PreparedSlide(record, slide, mask, tiles)
 
 
 def read_shapes(record: SlideRecord, slide: Slide) -> list[Shape]:
@@ -66,5 +64,5 @@ def read_shapes(record: SlideRecord, slide: Slide) -> list[Shape]:
     if record.annotation is None:
         return []
     shapes = read_annotation(record.annotation)
-    check_inside(shapes, slide.width, slide.height)
+    check_inside(shapes, slide.width, slide.height, path=record.annotation)
     return shapes

@@ -52,25 +52,25 @@ class TileReader:
 
     def _tile(self, row: int, shift: np.ndarray) -> np.ndarray:
         tiles = self.tiles
-        with self.shelf.lend(str(tiles.slide_id[row])) as slide:
+        with self.shelf.lend(str(tiles.slides[tiles.slide[row]])) as slide:
             scale = tiles.grid.mpp / slide.mpp
             x, y = tiles.x[row] + shift[0] * scale, tiles.y[row] + shift[1] * scale
             return slide.read(x, y, tiles.grid.tile, tiles.grid.tile, tiles.grid.mpp)
 
 
 def training_batches(
-    reader: TileReader, rows: Rows, *, begin: int, end: int, process: int = 0, processes: int = 1, prefetch: int = 2
+    reader: TileReader, rows: Rows, *, begin: int, end: int, share: np.ndarray | None = None, prefetch: int = 2
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of the steps begin..end-1, in order.
 
-    rows(step) gives the global batch: row int [B], shift int [B, 2], label float [B], weight float [B]. Each of `processes` reads its
-    own contiguous share of it. Yields image uint8 [b, tile, tile, 3], row int32 [b], label float32 [b], weight float32 [b] (0 for
-    padding and for tiles that could not be read) and status uint8 [b].
+    rows(step) gives the global batch: row int [B], shift int [B, 2], label float [B], weight float [B]. share int [b]: the
+    places in it that this process reads; None: all. Yields image uint8 [b, tile, tile, 3], row int32 [b], label float32 [b],
+    weight float32 [b] (0 for padding and for tiles that could not be read) and status uint8 [b].
     """
     tile = reader.tiles.grid.tile
 
     def load(step: np.ndarray) -> tuple[np.ndarray, ...]:
-        batch = {name: np.array_split(values, processes)[process] for name, values in rows(int(step)).items()}
+        batch = {name: values if share is None else values[share] for name, values in rows(int(step)).items()}
         image, status = reader.read(batch["row"], batch["shift"])
         weight = np.where(status == READ, batch["weight"], 0)
         return (

@@ -17,7 +17,7 @@ import numpy as np
 from data_pipelines.annotations import write_asap_xml
 from data_pipelines.cohort import SlideRecord, write_cohort
 from data_pipelines.drawing import StampSet, draw_slide
-from data_pipelines.exports import atomic_write
+from data_pipelines.files import atomic_write
 from data_pipelines.mosaics import MosaicPlan, Patches, draw_mosaic
 from data_pipelines.polygons import Shape
 from data_pipelines.pyramids import write_pyramid

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from data_pipelines.exports import atomic_write
+from data_pipelines.files import atomic_write
 
 SLACK_PX = 0.01  # model pixels by which the last tile may pass the slide's edge: rounding of the scale
 FORMAT = "srcc_jax tiles 1"

@@ -48,7 +48,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 class _Storage(NamedTuple):
     dtype: str
     key: str
-    count: int
+    length: int
 
 
 class _Tensor(NamedTuple):
@@ -123,13 +123,13 @@ class _TensorUnpickler(pickle.Unpickler):
         return self.known[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, storage, key, _, count, *view = pid
+        kind, storage, key, _, length, *view = pid
         if kind != "storage" or storage not in _STORAGES or not isinstance(key, str) or any(view):
             raise pickle.UnpicklingError(f"it refers to {pid!r}, which is not a whole storage of a known type")
-        return self.storages.setdefault(key, _Storage(_STORAGES[storage], key, count))
+        return self.storages.setdefault(key, _Storage(_STORAGES[storage], key, length))
 
     def _tensor(self, storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> _Tensor:
-        numbers = (storage.count, offset, *shape, *strides)
+        numbers = (storage.length, offset, *shape, *strides)
         if len(shape) != len(strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
             raise pickle.UnpicklingError("a tensor's offset, shape or strides are not what torch writes")
         return _Tensor(storage, offset, tuple(shape), tuple(strides))
@@ -143,7 +143,7 @@ def _unpickle(stream: io.BytesIO) -> tuple[Any, dict[str, _Storage]]:
     start, size = stream.tell(), len(stream.getbuffer())
     try:
         for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name in ("LONG_BINPUT", "PUT") and argument > size:
+            if opcode.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > size:
                 raise ValueError("its pickle asks for more memory than it can use")  # a table of `argument` entries
         stream.seek(start)
         unpickler = _TensorUnpickler(stream)
@@ -176,14 +176,14 @@ def _width(dtype: str) -> int:
 
 
 def _storage_array(storage: _Storage, content: bytes) -> np.ndarray:
-    if len(content) != storage.count * _width(storage.dtype):
-        raise ValueError(f"storage {storage.key} has {len(content)} bytes for {storage.count} of {storage.dtype}")
+    if len(content) != storage.length * _width(storage.dtype):
+        raise ValueError(f"storage {storage.key} has {len(content)} bytes for {storage.length} of {storage.dtype}")
     if storage.dtype == "bfloat16":
         return bfloat16_to_float32(content)
     return np.frombuffer(content, storage.dtype)
 
 
-def bfloat16_to_float32(content: bytes) -> np.ndarray:
+def bfloat16_to_float32(content: bytes | memoryview) -> np.ndarray:
     """float32 [n] of 2 n bytes: bfloat16 is the upper half of a float32."""
     return (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
 

@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -17,10 +18,12 @@ from data_pipelines.torch_checkpoints import LEGACY_START, bfloat16_to_float32, 
 
 MAX_BYTES = 16 * 2**30  # of a file's arrays when expanded; the largest networks here have 0.3 GB
 _MAX_HEADER = 100_000_000  # of a safetensors file, as its definition says
+# What zipfile, h5py and NumPy raise on damaged files.
 _READ_ERRORS = (
     ValueError,
-    OSError,
+    TypeError,
     LookupError,
+    OSError,
     EOFError,
     MemoryError,
     OverflowError,
@@ -115,12 +118,12 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     header = json.loads(bytes(content[8:start]))
     try:
         return {name: _safetensor(name, e, content[start:]) for name, e in header.items() if name != "__metadata__"}
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError("its header is not that of a safetensors file") from error
 
 
-def _safetensor(name: str, entry: dict, content: memoryview) -> np.ndarray:
-    kind, shape, (first, last) = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+def _safetensor(name: str, entry: dict[str, Any], content: memoryview) -> np.ndarray:
+    kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if kind not in _SAFETENSORS:
         raise ValueError(f"{name} is of type {kind}; read are {', '.join(_SAFETENSORS)}")
     dtype = np.dtype(_SAFETENSORS[kind])
@@ -168,8 +171,8 @@ def _datasets(group: h5py.Group, prefix: str) -> Iterator[tuple[str, h5py.Datase
         member = group[key]
         if isinstance(member, h5py.Group):
             yield from _datasets(member, f"{prefix}{key}/")
-        elif member.is_virtual or member.external:
-            raise ValueError(f"{prefix}{key} lies in another file")
+        elif not isinstance(member, h5py.Dataset) or member.is_virtual or member.external:
+            raise ValueError(f"{prefix}{key} is not stored in this file")
         elif member.shape is None or member.dtype.kind not in "biuf":
             raise ValueError(f"{prefix}{key} is of type {member.dtype}, not numbers")
         else:

@@ -28,7 +28,7 @@ from data_pipelines.slides import RegionError, SlideError, find_slides
 from data_pipelines.tiles import Grid
 from experiments.run.evaluation import evaluate, notes
 from experiments.run.model import Model
-from experiments.run.program import UsageError, run, use_all_cores
+from experiments.run.program import UsageError, run, start_devices
 from experiments.run.progress import progress
 from experiments.run.scoring import TileScorer
 from experiments.run.slide_outputs import PICTURES, SlideCollector, SlideResult
@@ -59,7 +59,7 @@ def slide_records(slides: str, split: str | None) -> tuple[SlideRecord, ...]:
     """The slides that --slides names, with their labels where it is a cohort table."""
     path = pathlib.Path(slides)
     if path.suffix.lower() == ".csv":
-        cohort = read_cohort(path, require_files=False)
+        cohort = read_cohort(path, require_files=False, require_labels=False)
         records = cohort.split(split).records if split else cohort.records
         if not records:
             raise UsageError(f"{path} has no slide in the split {split!r}")
@@ -206,7 +206,7 @@ def _pictures(out: pathlib.Path, slide_id: str) -> dict[str, bytes | str]:
 def main() -> int:
     """Predicts, reports, and returns the exit status."""
     began = time.perf_counter()
-    use_all_cores()
+    start_devices()
     model = Model.load(_WORKDIR.value)
     records = slide_records(_SLIDES.value, _SPLIT.value)
     out = pathlib.Path(_OUT.value).absolute()

@@ -15,13 +15,13 @@ from typing import Any
 import jax
 from absl import flags
 
-from data_pipelines.cohort import Cohort, CohortError, assign_splits, read_cohort
+from data_pipelines.cohort import Cohort, assign_splits, check_two_classes, read_cohort
 from data_pipelines.exports import write_table
 from data_pipelines.shelf import Shelf
 from data_pipelines.tiles import Grid
 from data_pipelines.weights import read_weights
 from experiments.run.model import Model
-from experiments.run.program import Stop, run, use_all_cores
+from experiments.run.program import Stop, run, start_devices
 from experiments.run.settings import config_from_flags, define_flags
 from experiments.run.slides import SlideSet, prepare_slides
 from experiments.run.training import Study, train_supervised, train_weakly
@@ -40,6 +40,9 @@ _PRETRAINED = flags.DEFINE_string(
 _SOURCE = flags.DEFINE_enum(
     "pretrained_source", None, list(SOURCES), "who published --pretrained, where its names do not tell"
 )
+_START = flags.DEFINE_string(
+    "start_from", None, "work directory of a finished model to go on from (FS+WS without a second FS)"
+)
 _MPP_OVERRIDE = flags.DEFINE_float(
     "mpp_override", None, "µm per pixel of level 0 for slides that do not say it themselves"
 )
@@ -57,15 +60,12 @@ MODE_NAMES = {"fs": "FS", "ws": "WS", "fs_ws": "FS+WS"}
 def read_split_cohort(config: Config) -> Cohort:
     """The cohort table with a split for every slide, checked for what training needs."""
     cohort = read_cohort(_COHORT.value)
-    if any(record.split is None for record in cohort.records):
+    for note in cohort.notes:
+        print(note)
+    if not cohort.has_splits:
         cohort = assign_splits(cohort, seed=config.seed)
     for split in ("train", "validation"):
-        labels = cohort.split(split).labels(positive=config.positive)
-        if not 0 < labels.sum() < len(labels):
-            raise CohortError(
-                f"{_COHORT.value}: the {split} split has {int(labels.sum())} slides labelled {config.positive!r} of {len(labels)}; "
-                "training needs both classes there: check the label column and --positive"
-            )
+        check_two_classes(cohort.split(split), config.positive, where=f"{_COHORT.value}: the {split} split")
     return cohort
 
 
@@ -74,7 +74,12 @@ def starting_model(config: Config) -> tuple[Architecture, dict[str, Any]]:
     dtype = _DTYPE.value
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    changes = {"dropout": config.dropout, "drop_path": config.drop_path, "dtype": dtype}
+    changes: dict[str, Any] = {"dropout": config.dropout, "drop_path": config.drop_path, "dtype": dtype}
+    if config.bn_momentum is not None:
+        changes["bn_momentum"] = config.bn_momentum
+    if _START.value:
+        start = Model.load(_START.value)
+        return dataclasses.replace(start.architecture, **changes), dict(start.variables)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     if not _PRETRAINED.value:
         net = architecture(config.backbone, source="keras", classes=1, **changes)
@@ -85,6 +90,14 @@ def starting_model(config: Config) -> tuple[Architecture, dict[str, Any]]:
     return net, pretrained.load(arrays, net, init(net, key), replace_head=True)
 
 
+def model_name(config: Config) -> str:
+    """As the paper's table names it, with the scale in µm per pixel."""
+    mode = "FS+WS" if _START.value and config.mode == "ws" else MODE_NAMES[config.mode]
+    annotations = "" if config.annotations or config.mode == "fs" else "-noanno"
+    transfer = "" if _PRETRAINED.value or _START.value else " w/o TL"
+    return f"{mode}{annotations}{transfer} {config.mpp:g} µm/px"
+
+
 def settings(config: Config) -> dict[str, Any]:
     """Everything that decides the result: another value of any of it needs another work directory."""
     return {
@@ -92,6 +105,7 @@ def settings(config: Config) -> dict[str, Any]:
         "cohort": file_hash(pathlib.Path(_COHORT.value)),
         "pretrained": file_hash(pathlib.Path(_PRETRAINED.value)) if _PRETRAINED.value else None,
         "pretrained_source": _SOURCE.value,
+        "start_from": file_hash(pathlib.Path(_START.value) / "weights.npz") if _START.value else None,
         "mpp_override": _MPP_OVERRIDE.value,
     }
 
@@ -120,7 +134,7 @@ def split_slides(cohort: Cohort, split: str, config: Config, workdir: Workdir) -
 def main() -> None:
     """Trains the stages of --mode one after the other and writes the finished model."""
     config = config_from_flags(Config)
-    use_all_cores()
+    start_devices()
     if _PROCESSES.value > 1:
         start_distributed(_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value)
     cohort = read_split_cohort(config)
@@ -134,9 +148,9 @@ def main() -> None:
         result = train_supervised(study, variables)
         variables = result.variables
     if config.mode in ("ws", "fs_ws"):
-        result = train_weakly(study, variables, fresh_head=config.mode == "ws")
+        result = train_weakly(study, variables, fresh_head=config.mode == "ws" and not _START.value)
     assert result is not None
-    name = f"{MODE_NAMES[config.mode]}{'' if config.annotations or config.mode == 'fs' else '-noanno'} {config.mpp:g} µm/px"
+    name = model_name(config)
     about = {
         "name": name,
         "step": result.step,

@@ -96,9 +96,8 @@ def golden_case(shared_data, file, variant, source):
     keras = source == "keras"
     weights = golden.keras_weights(gold) if keras else golden.torch_weights(gold)
     arch = pretrained.source_conventions(weights, variant, source=source)
-    model = efficientnet.build(arch)
-    empty = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
-    variables = pretrained.load(weights, arch, empty, replace_head=False)
+    shapes = layers.variable_shapes(efficientnet.build(arch))
+    variables = pretrained.load(weights, arch, shapes, replace_head=False)
 
     image = golden.keras_image if keras else golden.image
     return gold, arch, variables, {key: image(gold[key]) for key in ("input_hw", "input_hw2")}
@@ -146,7 +145,8 @@ def test_training_step_matches_torchvision(shared_data):
         assert golden.difference(norm["var"], gold[f"train/bn_{which}/running_var_after"]) <= 2e-5
     named = pretrained.export({"params": grads, "batch_stats": stats}, arch, "torchvision")
     norms = [np.linalg.norm(named[str(name)]) for name in gold["train/grad_param_names"]]
-    np.testing.assert_allclose(norms, gold["train/grad_param_norms"], rtol=2e-3)
+    # A shift that the next BatchNorm takes away has no gradient: 1e-8 in both, of rounding. All others are above 1e-4.
+    np.testing.assert_allclose(norms, gold["train/grad_param_norms"], rtol=2e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,7 @@ def test_training_step_matches_torchvision(shared_data):
     ],
 )
 def test_parameter_counts(name, with_classes, trunk):
-    arch = efficientnet.architecture(name, source="keras", classes=1000)
-    model = efficientnet.build(arch)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
+    shapes = layers.variable_shapes(efficientnet.build(efficientnet.architecture(name, source="keras", classes=1000)))
     count = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in shapes["params"].items()}
     assert sum(count.values()) == with_classes
     assert sum(count.values()) - count["classifier"] == trunk

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.weights import read_weights
-from srcc_jax.models import efficientnet, pretrained
+from srcc_jax.models import efficientnet, layers, pretrained
 from srcc_jax.models.efficientnet_names import NAMINGS
 from tests import golden
 
@@ -189,8 +189,8 @@ def test_untrained_normalization_layer_of_keras_only_scales():
 def test_lite1_recognises_real_images(shared_data):
     weights = read_weights(shared_data / "weights" / "efficientnet-lite1-77cc7160.pth")
     arch = pretrained.source_conventions(weights, "lite1")
-    empty = jax.eval_shape(lambda: efficientnet.init(arch, jax.random.key(0)))
-    variables = pretrained.load(weights, arch, empty, replace_head=False)
+    shapes = layers.variable_shapes(efficientnet.build(arch))
+    variables = pretrained.load(weights, arch, shapes, replace_head=False)
     with np.load(shared_data / "weights" / "imagenet_golden_20.npz") as file:
         pixels, expected, truth = (
             file[k] for k in ("crop240_uint8", "efficientnet_lite1_logits_crop240", "class_index")

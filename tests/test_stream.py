@@ -72,7 +72,7 @@ def test_pixels_labels_and_weights_are_those_of_the_rows():
 
 def test_processes_share_a_batch_without_overlap():
     (whole,) = batches(2, 3)
-    parts = [batches(2, 3, process=p, processes=3)[0] for p in range(3)]
+    parts = [batches(2, 3, share=np.arange(2 * p, 2 * p + 2))[0] for p in range(3)]
     for name in whole:
         np.testing.assert_array_equal(whole[name], np.concatenate([part[name] for part in parts]))
 

@@ -12,7 +12,8 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from data_pipelines.exports import atomic_write, write_json
+from data_pipelines.exports import write_json
+from data_pipelines.files import atomic_write
 from data_pipelines.tiles import Grid
 from data_pipelines.weights import WeightsError, read_weights
 from experiments.run.workdir import WorkdirError

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from types import FrameType
 
 import jax
-from absl import app, logging
+from absl import app, flags, logging
 
 from data_pipelines.annotations import AnnotationError
 from data_pipelines.cohort import CohortError
-from data_pipelines.exports import OutputError
+from data_pipelines.files import OutputError
 from data_pipelines.slides import SlideError
 from data_pipelines.weights import WeightsError
 from experiments.run.workdir import WorkdirError
@@ -57,14 +57,16 @@ class Stop:
         return self._asked
 
 
-def use_all_cores(cache: str | None = None) -> None:
-    """On CPU one JAX device for each core that this process may use. Call before anything touches a device.
+_CACHE = flags.DEFINE_string(
+    "compilation_cache", "~/.cache/srcc_jax", "folder that keeps compiled programs for the next start; empty: none"
+)
 
-    `cache`: a folder that keeps compiled programs, so that the next start does without the compilation.
-    """
+
+def start_devices() -> None:
+    """On CPU one JAX device for each core that this process may use. Call before anything touches a device."""
     set_cpu_devices(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
+    if _CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(_CACHE.value))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 

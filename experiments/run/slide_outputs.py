@@ -9,10 +9,11 @@ import time
 import numpy as np
 
 from data_pipelines.exports import write_json, write_map, write_overlay, write_table
-from data_pipelines.prepare import TISSUE_MPP, PreparedSlide
+from data_pipelines.prepare import PreparedSlide
 from experiments.run.scoring import Scored, probability
 from srcc_jax.kernels.heat_maps import TileMapAverage, paint_probabilities
 
+PICTURE_PX = 1200  # longer side of the overlays
 PICTURES = {"probability": "probability.png", "Grad-CAM": "gradcam.png"}
 
 
@@ -111,8 +112,9 @@ class SlideCollector:
         return f"{len(self._reasons)} of {len(self.rows)} tiles could not be read: {first}"
 
     def _write_maps(self, folder: pathlib.Path, values: np.ndarray) -> None:
-        tiles, thumbnail = self.prepared.tiles, self.prepared.thumbnail
-        downsample = TISSUE_MPP / self.prepared.slide.mpp
+        tiles, slide = self.prepared.tiles, self.prepared.slide
+        downsample = max(1.0, max(slide.width, slide.height) / PICTURE_PX)
+        thumbnail = slide.thumbnail(downsample * slide.mpp)
         painted = paint_probabilities(values, tiles.x, tiles.y, **self._scale)
         write_map(folder / "probability.npz", painted, unit="probability")
         picture = folder / PICTURES["probability"]

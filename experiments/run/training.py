@@ -39,8 +39,18 @@ from srcc_jax.methods.slide_classification import (
 )
 from srcc_jax.metrics import roc_auc
 from srcc_jax.models.efficientnet import Architecture, build, normalize
-from srcc_jax.parallel import make_mesh
-from srcc_jax.train import FitResult, Keep, StepFn, TrainState, epoch_decay, fit, init_state, make_train_step
+from srcc_jax.parallel import make_mesh, process_rows
+from srcc_jax.train import (
+    FitResult,
+    Keep,
+    StepFn,
+    TrainState,
+    epoch_decay,
+    fit,
+    init_state,
+    make_train_step,
+    restart_optimizer,
+)
 
 METRIC = "validation_loss"
 
@@ -52,6 +62,32 @@ class StageResult:
     variables: dict[str, Any]
     step: int
     loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """A stage's optimisers and steps: of the last layer alone for the first `frozen` steps, then of everything.
+
+    Adam starts afresh when the rest is thawed, as Keras does when a model is compiled again: with a high count and empty
+    moments its first steps would be several times too long. The learning rate goes on where it was.
+    """
+
+    frozen: int
+    first: optax.GradientTransformation
+    later: optax.GradientTransformation
+    head: StepFn
+    everything: StepFn
+
+    def begin(self, variables: Mapping[str, Any], seed: int, mesh: Mesh) -> TrainState:
+        """The state before the first step."""
+        return init_state(variables, self.first if self.frozen else self.later, seed, mesh)
+
+    def at(self, state: TrainState, mesh: Mesh) -> tuple[StepFn, TrainState]:
+        """The step to go on with from this state, and the state as it wants it."""
+        if int(state.step) < self.frozen:
+            return self.head, state
+        thawed = self.frozen and int(state.step) == self.frozen
+        return self.everything, restart_optimizer(state, self.later, mesh) if thawed else state
 
 
 @dataclasses.dataclass
@@ -107,11 +143,11 @@ class Study:
         label, scores = self.validation_labels[known], scores[known]
         return {METRIC: slide_loss(scores, label), "validation_auc": float(roc_auc(label, probability(scores)))}
 
-    def steps(self, steps_per_epoch: float) -> tuple[optax.GradientTransformation, StepFn, StepFn]:
-        """The optimiser, the step that trains the last layer alone, and the step that trains everything."""
+    def steps(self, steps_per_epoch: float, *, frozen: int) -> Steps:
+        """The compiled steps of a stage whose first `frozen` steps train the last layer alone."""
         config, model = self.config, build(self.architecture)
-        schedule = epoch_decay(config.learning_rate, config.decay, config.decay_epochs, steps_per_epoch)
-        adam = optax.adam(schedule, b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_epsilon)
+        decay = epoch_decay(config.learning_rate, config.decay, config.decay_epochs, steps_per_epoch)
+        adam = functools.partial(optax.adam, b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_epsilon)
         colours = AugmentConfig(
             brightness=config.brightness, contrast=config.contrast, saturation=config.saturation, hue=config.hue
         )
@@ -120,19 +156,21 @@ class Study:
             return normalize(augment(image, key, colours), self.architecture)
 
         loss = functools.partial(binary_cross_entropy, model, prepare=prepare)
+        # One vector instead of hundreds of small arrays: a third less to compile, and one update instead of hundreds.
+        first, later = (optax.flatten(adam(rate)) for rate in (decay, lambda count: decay(count + frozen)))
         head = make_train_step(
-            loss(freeze_norm=True), adam, self.mesh, trainable=lambda path: path.startswith("classifier")
+            loss(freeze_norm=True), first, self.mesh, trainable=lambda path: path.startswith("classifier")
         )
-        return adam, head, make_train_step(loss(), adam, self.mesh)
+        return Steps(frozen, first, later, head, make_train_step(loss(), later, self.mesh))
 
     def batches(self, rows: Rows, *, end: int) -> Callable[[int], Iterator[Mapping[str, np.ndarray]]]:
         """This process's batches from any step on, as `fit` wants them."""
         reader = TileReader(self.train.tiles, self.shelf)
 
         def begin_at(begin: int) -> Iterator[Mapping[str, np.ndarray]]:
-            share = {"process": jax.process_index(), "processes": jax.process_count()}
+            share = process_rows(self.config.batch, self.mesh)
             with progress((end - begin) * self.config.batch, "training") as bar:
-                for batch in training_batches(reader, rows, begin=begin, end=end, **share):
+                for batch in training_batches(reader, rows, begin=begin, end=end, share=share):
                     yield {name: batch[name] for name in ("image", "label", "weight")}
                     bar.update(self.config.batch)
 
@@ -190,17 +228,17 @@ def labels_of(slides: SlideSet, config: Config) -> np.ndarray:
 
 def train_supervised(study: Study, variables: Mapping[str, Any]) -> StageResult:
     """FS: the last layer alone for the first epochs, then everything, until patience or the last epoch ends it."""
-    sampler = SupervisedSampler(study.config, study.candidates(supervised=True), study.labels)
-    adam, head, everything = study.steps(sampler.steps_per_epoch)
-    state = init_state(variables, adam, study.config.seed, study.mesh)
+    config = study.config
+    sampler = SupervisedSampler(config, study.candidates(supervised=True), study.labels)
+    last = round(config.max_epochs * sampler.steps_per_epoch)
+    steps = study.steps(sampler.steps_per_epoch, frozen=min(frozen_steps(config, sampler.steps_per_epoch), last))
     epoch = max(1, round(sampler.steps_per_epoch))
-    last = round(study.config.max_epochs * sampler.steps_per_epoch)
-    frozen = min(frozen_steps(study.config, sampler.steps_per_epoch), last)
     with Checkpoints(str(study.workdir.path / "fs")) as checkpoints:
-        state = checkpoints.resume(state)
-        for step_fn, until in ((head, frozen), (everything, last)):
-            if int(state.step) > until:
+        state = checkpoints.resume(steps.begin(variables, config.seed, study.mesh))
+        for until in (steps.frozen, last):
+            if int(state.step) > until or not until:
                 continue
+            step_fn, state = steps.at(state, study.mesh)
             result = study.fit("fs", checkpoints, step_fn, state, sampler, until=until, every=epoch)
             state = result.state
             if result.stopped:
@@ -215,16 +253,14 @@ def train_weakly(study: Study, variables: Mapping[str, Any], *, fresh_head: bool
     """
     config = study.config
     sampler = WeakSampler(config, study.labels)
-    adam, head, everything = study.steps(sampler.steps_per_epoch)
-    state = init_state(variables, adam, config.seed, study.mesh)
-    frozen = frozen_steps(config, sampler.steps_per_epoch) if fresh_head else 0
+    steps = study.steps(sampler.steps_per_epoch, frozen=sampler.frozen_steps if fresh_head else 0)
     with Checkpoints(str(study.workdir.path / "ws")) as checkpoints:
-        state = checkpoints.resume(state)
+        state = checkpoints.resume(steps.begin(variables, config.seed, study.mesh))
         for number in itertools.count(int(state.step) // sampler.steps_per_round):
-            first, until = number * sampler.steps_per_round, (number + 1) * sampler.steps_per_round
+            until = (number + 1) * sampler.steps_per_round
             rows = sampler.rows_of_step(number, choose_tiles(study, sampler, number, state))
             every = until if sampler.ends_epoch(number) else 0
-            step_fn = head if first < frozen else everything
+            step_fn, state = steps.at(state, study.mesh)
             result = study.fit("ws", checkpoints, step_fn, state, rows, until=until, every=every)
             state = result.state
             if result.stopped or sampler.finished(number):

@@ -12,7 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipelines.exports import OutputError, write_json
+from data_pipelines.exports import write_json
+from data_pipelines.files import OutputError
 
 _PACKAGES = (
     "jax",

@@ -58,6 +58,10 @@ class Config:
     )
     dropout: float = setting(0.2, "dropout before the last layer (the architecture's default)")
     drop_path: float = setting(0.2, "stochastic depth of the last block (the architecture's default)")
+    bn_momentum: float | None = setting(
+        None,
+        "share of BatchNorm's running value that a step keeps; none: the source's (Keras 0.99). Short runs need 0.9 (ours)",
+    )
     translation: int = setting(16, "augmentation: largest shift of a tile in pixels (ours; §2.4 names translations)")
     brightness: float = setting(0.1, "augmentation: largest change, as a share of 255 (ours; §2.4 names colour shifts)")
     contrast: float = setting(0.1, "augmentation: largest change of the contrast factor (ours)")
@@ -168,6 +172,11 @@ class WeakSampler:
     @property
     def steps_per_epoch(self) -> float:
         return self.draws_per_epoch * self.config.top_k / self.config.batch
+
+    @property
+    def frozen_steps(self) -> int:
+        """Steps in which only the last layer is trained, in whole rounds."""
+        return -(-frozen_steps(self.config, self.steps_per_epoch) // self.steps_per_round) * self.steps_per_round
 
     def draws(self, number: int) -> np.ndarray:
         """Slides int [draws_per_round] of round `number`."""

@@ -1,6 +1,7 @@
 """EfficientNet B0 to B7 and Lite0 to Lite4 (Tan & Le 2019), under the conventions of each framework that publishes weights."""
 
 import dataclasses
+import functools
 import math
 import string
 from collections.abc import Mapping
@@ -192,16 +193,16 @@ class MBConv(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool, train_norm: bool) -> jax.Array:
         block, arch = self.block, self.architecture
         activation = nn.relu6 if arch.lite else silu
+        conv_norm = functools.partial(ConvNorm, conventions=arch, folded=self.folded)
         inner = block.inputs * block.expand
-        shared = {"conventions": arch, "folded": self.folded}
         y = x
         if block.expand != 1:
-            y = ConvNorm(inner, activation=activation, name="expand", **shared)(y, train=train_norm)
-        depthwise = {"size": block.kernel, "stride": block.stride, "depthwise": True, "name": "depthwise"}
-        y = ConvNorm(inner, activation=activation, **depthwise, **shared)(y, train=train_norm)
+            y = conv_norm(inner, activation=activation, name="expand")(y, train=train_norm)
+        depthwise = functools.partial(conv_norm, size=block.kernel, stride=block.stride, depthwise=True)
+        y = depthwise(inner, activation=activation, name="depthwise")(y, train=train_norm)
         if not arch.lite:
             y = SqueezeExcite(max(1, int(0.25 * block.inputs)), activation, name="squeeze_excite")(y)
-        y = ConvNorm(block.filters, name="project", **shared)(y, train=train_norm)
+        y = conv_norm(block.filters, name="project")(y, train=train_norm)
         return x + DropPath(block.drop_path)(y, train=train) if block.residual else y
 
 
@@ -221,12 +222,12 @@ class EfficientNet(nn.Module):
         arch = self.architecture
         train_norm = train and not freeze_norm
         activation = nn.relu6 if arch.lite else silu
-        shared = {"activation": activation, "conventions": arch, "folded": self.folded}
+        conv_norm = functools.partial(ConvNorm, activation=activation, conventions=arch, folded=self.folded)
         x = x.astype(arch.dtype)
-        x = ConvNorm(arch.stem_filters, size=3, stride=2, name="stem", **shared)(x, train=train_norm)
+        x = conv_norm(arch.stem_filters, size=3, stride=2, name="stem")(x, train=train_norm)
         for block in arch.blocks():
             x = MBConv(block, arch, self.folded, name=block.name)(x, train=train, train_norm=train_norm)
-        maps = ConvNorm(arch.head_filters, name="top", **shared)(x, train=train_norm)
+        maps = conv_norm(arch.head_filters, name="top")(x, train=train_norm)
         features = maps.mean((1, 2), dtype=jnp.float32)
         kept = nn.Dropout(arch.dropout, deterministic=not train)(features)
         classifier = nn.Dense(arch.classes, kernel_init=nn.initializers.glorot_uniform(), name="classifier")

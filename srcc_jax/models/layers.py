@@ -5,7 +5,7 @@ Arrays are NHWC. Parameters and running statistics are float32; a layer computes
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -40,7 +40,7 @@ class Conventions:
             raise ValueError(f"padding is {self.padding!r}: must be 'same' (TensorFlow) or 'symmetric' (torch)")
 
 
-def explicit_padding(convention: str, size: tuple[int, int], kernel: int, stride: int) -> Padding:
+def explicit_padding(convention: str, size: Sequence[int], kernel: int, stride: int) -> Padding:
     """((top, bottom), (left, right)) in pixels for a k×k convolution of an image of `size` (height, width).
 
     "same": as many outputs as n / stride rounded up, an odd pixel of padding going to the bottom and right.
@@ -181,16 +181,19 @@ class DropPath(nn.Module):
         return jnp.where(kept, x / (1 - self.rate), 0)
 
 
-def init_variables(
-    model: nn.Module, key: jax.Array, image: tuple[int, int, int, int] = (1, 32, 32, 3)
-) -> dict[str, Any]:
-    """Fresh variables of a network made of these layers, from the same distributions as `model.init`.
-
-    image: any shape [B, H, W, C] the network accepts. All convolution kernels come from one draw: XLA takes a quarter of a
-    second to compile each draw, and `model.init` asks for one per kernel (23 s for B1).
-    """
+def variable_shapes(model: nn.Module, image: tuple[int, int, int, int] = (1, 32, 32, 3)) -> dict[str, Any]:
+    """The network's variables as jax.ShapeDtypeStructs. image: any shape [B, H, W, C] that the network accepts."""
     inputs = jax.ShapeDtypeStruct(image, jnp.float32)
-    shapes = flatten_dict(jax.eval_shape(lambda x: model.init(key, x, train=False), inputs))
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)
+
+
+def init_variables(model: nn.Module, key: jax.Array) -> dict[str, Any]:
+    """Fresh variables of a network made of these layers, from the same distributions as `model.init`. Not to be traced.
+
+    All convolution kernels come from one draw: XLA takes a quarter of a second to compile each draw, and `model.init` asks
+    for one per kernel (23 s for EfficientNet-B1).
+    """
+    shapes = flatten_dict(variable_shapes(model))
     size = sum(leaf.size for path, leaf in shapes.items() if path[-1] == "kernel" and leaf.ndim == 4)
     draw = np.asarray(jax.random.truncated_normal(key, -2, 2, (size,)))
     variables, start = {}, 0
@@ -201,7 +204,7 @@ def init_variables(
             values = kernel_std(leaf.shape) / TRUNCATED_STD * draw[start : start + leaf.size].reshape(leaf.shape)
             start += leaf.size
         else:
-            values = nn.initializers.glorot_uniform()(jax.random.fold_in(key, start), leaf.shape)
+            values = np.asarray(nn.initializers.glorot_uniform()(jax.random.fold_in(key, start), leaf.shape))
         variables[path] = jnp.asarray(values)
     return unflatten_dict(variables)
 
