@@ -7,6 +7,7 @@ import json
 import math
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _READ_ERRORS = (
     OverflowError,
     RuntimeError,
     zipfile.BadZipFile,
+    zlib.error,
 )
 
 _SAFETENSORS = {

@@ -20,6 +20,7 @@ from data_pipelines.exports import write_table
 from data_pipelines.shelf import Shelf
 from data_pipelines.tiles import Grid
 from data_pipelines.weights import read_weights
+from experiments.run import settings as settings_module
 from experiments.run.model import Model
 from experiments.run.program import Stop, run, start_devices
 from experiments.run.settings import config_from_flags, define_flags
@@ -32,6 +33,7 @@ from srcc_jax.models.efficientnet import SOURCES, Architecture, architecture, in
 from srcc_jax.parallel import make_mesh, start_distributed
 
 define_flags(Config)
+flags.adopt_module_key_flags(settings_module)  # so that --help lists the method's numbers, not --helpfull alone
 _COHORT = flags.DEFINE_string("cohort", None, "cohort table (CSV)", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, log and the finished model", required=True)
 _PRETRAINED = flags.DEFINE_string(

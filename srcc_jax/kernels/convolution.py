@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax import lax
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
-NO_PADDING = ((0, 0), (0, 0))
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
@@ -27,7 +26,12 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Pad
 
     H' = (H + top + bottom - k) // stride + 1, W' likewise.
     """
-    return _depthwise(x, kernel, stride, padding)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda x, kernel: _shifted_conv(x, kernel, stride, padding),
+        default=functools.partial(_lax_conv, stride=stride, padding=padding, groups=x.shape[3]),
+    )
 
 
 def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -91,49 +95,10 @@ def _product_backward(residuals, dy):
 _product.defvjp(_product_forward, _product_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    return _depthwise_forward(x, kernel, stride, padding)[0]
-
-
-def _depthwise_forward(x, kernel, stride, padding):
-    """Keeps the padded image, which both passes read, so that the unpadded one need not be in memory."""
-    padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), *padding, (0, 0))))
-    y = lax.platform_dependent(
-        padded,
-        kernel,
-        cpu=functools.partial(_shifted_sum, stride=stride),
-        default=functools.partial(_lax_conv, stride=stride, padding=NO_PADDING, groups=x.shape[3]),
-    )
-    return y, (padded, kernel)
-
-
-def _depthwise_backward(stride, padding, residuals, dy):
-    padded, kernel = residuals
-    dx, dkernel = lax.platform_dependent(
-        padded,
-        kernel,
-        dy,
-        cpu=functools.partial(_written_gradients, stride=stride, padding=padding),
-        default=functools.partial(_derived_gradients, stride=stride, padding=padding),
-    )
-    return lax.optimization_barrier(dx), dkernel
-
-
-_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
-
-
 def _lax_conv(x, kernel, *, stride: int, padding: Padding, groups: int) -> jax.Array:
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
     )
-
-
-def _derived_gradients(padded, kernel, dy, *, stride: int, padding: Padding) -> tuple[jax.Array, jax.Array]:
-    (top, bottom), (left, right) = padding
-    x = lax.pad(padded, jnp.zeros((), padded.dtype), ((0, 0, 0), (-top, -bottom, 0), (-left, -right, 0), (0, 0, 0)))
-    forward = functools.partial(_lax_conv, stride=stride, padding=padding, groups=x.shape[3])
-    return jax.vjp(forward, x, kernel)[1](dy)
 
 
 def _taps(padded: jax.Array, size: tuple[int, int], stride: int) -> list[jax.Array]:
@@ -151,18 +116,28 @@ def _columns_product(x, kernel, *, stride: int, padding: Padding) -> jax.Array:
     return _product(jnp.concatenate(taps, axis=-1), kernel.reshape(-1, kernel.shape[3]))
 
 
-def _shifted_sum(padded, kernel, *, stride: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _shifted_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
     """The depthwise convolution as shifted multiply-adds, which XLA fuses into one loop."""
+    return _shifted_conv_forward(x, kernel, stride, padding)[0]
+
+
+def _shifted_conv_forward(x, kernel, stride, padding):
+    """Keeps the padded image, which both passes read, so that the unpadded one need not be in memory."""
+    padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), *padding, (0, 0))))
     taps = _taps(padded, kernel.shape[:2], stride)
     weights = kernel.reshape(len(taps), 1, 1, 1, -1)
-    return functools.reduce(jnp.add, (tap * weight for tap, weight in zip(taps, weights)))
+    return functools.reduce(jnp.add, (tap * weight for tap, weight in zip(taps, weights))), (padded, kernel)
 
 
-def _written_gradients(padded, kernel, dy, *, stride: int, padding: Padding) -> tuple[jax.Array, jax.Array]:
-    """Gradients of the unpadded image and of the kernel, by shifts."""
+def _shifted_conv_backward(stride, padding, residuals, dy):
+    padded, kernel = residuals
     size = padded.shape[1] - sum(padding[0]), padded.shape[2] - sum(padding[1])
-    dx = _input_gradient(dy, kernel, size, stride, padding)
+    dx = lax.optimization_barrier(_input_gradient(dy, kernel, size, stride, padding))
     return dx, _kernel_gradient(padded, dy, kernel.shape, stride)
+
+
+_shifted_conv.defvjp(_shifted_conv_forward, _shifted_conv_backward)
 
 
 def _input_gradient(dy, kernel, size: tuple[int, int], stride: int, padding: Padding) -> jax.Array:
