@@ -34,9 +34,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder for the cohort, the runs
 _SLIDES = flags.DEFINE_list(
     "slides", ["13", "27", "5", "7", "15", "25"], "positive and negative slides of train, validation and test"
 )
-_TISSUE = flags.DEFINE_list("tissue_patches", ["40", "60"], "least and most patches in a slide")
+_TISSUE = flags.DEFINE_list("tissue_patches", ["80", "100"], "least and most patches in a slide")
 _SHARE = flags.DEFINE_list(
-    "positive_share", ["0.01", "0.05"], "least and most share of a positive slide's tissue that is positive"
+    "positive_share", ["0.03", "0.05"], "least and most share of a positive slide's tissue that is positive"
 )
 _PATCH_PX = flags.DEFINE_integer(
     "patch_px", None, "side of a patch in the slide in pixels of 0.5 µm; none: that of its file"
@@ -47,17 +47,25 @@ _SEEDS = flags.DEFINE_integer("seeds", 3, "seeds of the two main models, FS x10 
 MPP = 0.5  # of the slides' level 0
 LABELS = ("tumour", "normal")
 MAIN = ("FS x10", "WS x10")
-FS = {"mode": "fs", "tiles_per_slide": 16, "max_epochs": 8}
-WS = {"mode": "ws", "top_k": 4, "buffer": 128, "max_epochs": 12}
+FS = {"mode": "fs", "tiles_per_slide": 16, "max_epochs": 6}
+WS = {"mode": "ws", "top_k": 4, "buffer": 128, "max_epochs": 8}
+# A patch is 224 px of level 0: a tile at x10 is annotated where at least half of it is tumour, one at x5 where a quarter is.
 # Tiles of 112 px and short schedules, so that a study takes about an hour on two cores; all else is the paper's.
-SHARED = {"tile": 112, "stride": 56, "bn_momentum": 0.9, "positive": LABELS[0]}
+SHARED = {
+    "tile": 112,
+    "stride": 56,
+    "learning_rate": 3e-4,
+    "bn_momentum": 0.9,
+    "positive": LABELS[0],
+    "min_annotated": 0.4,
+}
 ROWS: dict[str, dict[str, object]] = {
     "FS x10": {**FS, "mpp": 1.0},
     "WS x10": {**WS, "mpp": 1.0},
     "WS-noanno x10": {**WS, "mpp": 1.0, "annotations": False},
-    "FS+WS x10": {**WS, "mpp": 1.0, "max_epochs": 6, "start_from": "FS x10"},
+    "FS+WS x10": {**WS, "mpp": 1.0, "max_epochs": 4, "start_from": "FS x10"},
     "FS w/o TL x10": {**FS, "mpp": 1.0, "pretrained": None},
-    "FS x5": {**FS, "mpp": 2.0},
+    "FS x5": {**FS, "mpp": 2.0, "min_annotated": 0.2},
     "FS x20": {**FS, "mpp": 0.5},
 }
 

@@ -79,6 +79,12 @@ def test_candidates_follow_mode_and_annotation():
     assert rows(False, False) == [[0, 1, 2], [3, 4]]
 
 
+def test_a_share_of_the_tile_may_be_asked_for():
+    tiles = {"labels": np.array([1, 0]), "slide": np.array([0, 0, 0, 1]), "annotated": np.array([0.2, 0.5, 0.6, 0])}
+    rows = sc.candidate_rows(config(min_annotated=0.5), supervised=True, **tiles)
+    assert [r.tolist() for r in rows] == [[2], [3]]
+
+
 def test_weak_rounds_fill_the_buffer_and_cross_epochs():
     labels = np.array([1, 0, 0, 0])  # 6 draws an epoch, 8 a round
     sampler = sc.WeakSampler(config(), labels)

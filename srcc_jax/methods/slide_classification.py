@@ -41,6 +41,10 @@ class Config:
         False, "add a last tile flush with the right and bottom edge, so that no strip is left out (ours)"
     )
     min_tissue: float = setting(0.5, "share of a tile that must be tissue (ours; the paper gives none)")
+    min_annotated: float = setting(
+        0.0,
+        "a tile is annotated where more than this share of it is; 0 suits contours of single cells (ours; the paper gives none)",
+    )
     tiles_per_slide: int = setting(40, "FS: random tiles from each drawn slide, k (§3.2)")
     top_k: int = setting(1, "WS: tiles kept from each drawn slide, k (§3.2)")
     buffer: int = setting(128, "WS: tiles collected before they are trained on, T (§3.2)")
@@ -228,7 +232,7 @@ def candidate_rows(
     all tiles. Positive slides: the annotated ones under FS, and under WS with `config.annotations`; else all. Tiles of a positive slide
     outside its annotation are never negatives, because annotation is not exhaustive.
     """
-    inside = (annotated > 0) if supervised or config.annotations else np.ones(len(slide), bool)
+    inside = (annotated > config.min_annotated) if supervised or config.annotations else np.ones(len(slide), bool)
     allowed = inside | (labels[slide] == 0)
     return [np.flatnonzero((slide == s) & allowed) for s in range(len(labels))]
 
