@@ -54,7 +54,7 @@ def check_writable(folder: str | os.PathLike) -> None:
     """Makes the folder and a file in it, to learn at the start of a run, not at its end, that it cannot be written."""
     with atomic_write(Path(folder) / ".writable") as temporary:
         temporary.write_bytes(b"\n")
-    (Path(folder) / ".writable").unlink()
+    (Path(folder) / ".writable").unlink(missing_ok=True)  # another process may have been here in between
 
 
 def _flush_to_disk(path: Path) -> None:

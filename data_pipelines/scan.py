@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -48,6 +48,11 @@ class ScanJob:
     lend: Callable[[], contextlib.AbstractContextManager[Slide]]
     tiles: Tiles
     row: np.ndarray
+
+    @classmethod
+    def of_open(cls, slide: Slide, tiles: Tiles, row: np.ndarray) -> ScanJob:
+        """A job for a slide that the caller keeps open until the last tile has come."""
+        return cls(lambda: contextlib.nullcontext(slide), tiles, row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +160,7 @@ class _Packer:
 _END = object()
 
 
-def prefetch(items: Iterable[T], *, depth: int = 2) -> Iterator[T]:
+def prefetch(items: Iterable[T], *, depth: int = 2) -> Generator[T, None, None]:
     """The same items, made in one background thread up to `depth` ahead. Closing the iterator stops the thread."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()

@@ -8,10 +8,12 @@ Leaves out/slides.csv (a row for every slide given), a folder for each slide, ou
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +22,9 @@ import numpy as np
 from absl import flags
 
 from data_pipelines.annotations import AnnotationError
-from data_pipelines.cohort import SlideRecord, read_cohort
+from data_pipelines.cohort import Cohort, CohortError, SlideRecord, check_two_classes, read_cohort
 from data_pipelines.exports import write_json, write_table, write_text
+from data_pipelines.files import check_writable
 from data_pipelines.prepare import PreparedSlide, prepare_slide
 from data_pipelines.scan import ScanJob, ScanShape, prefetch, scan
 from data_pipelines.slides import RegionError, SlideError, find_slides
@@ -45,14 +48,17 @@ _SLIDES = flags.DEFINE_string(
 _OUT = flags.DEFINE_string("out", None, "folder for the results", required=True)
 _SPLIT = flags.DEFINE_string("split", None, "of a cohort CSV, predict this split only (train, validation or test)")
 _STRIDE = flags.DEFINE_integer(
-    "stride", None, "stride in pixels, where it should not be the model's; 32 is the paper's for Grad-CAM"
+    "stride",
+    None,
+    "stride in pixels, where it should not be the model's; 32 is the paper's for Grad-CAM",
+    lower_bound=1,
 )
 _GRADCAM = flags.DEFINE_bool("gradcam", True, "make Grad-CAM maps")
 _MPP_OVERRIDE = flags.DEFINE_float(
     "mpp_override", None, "µm per pixel of level 0 for slides that do not say it themselves"
 )
-_THREADS = flags.DEFINE_integer("threads", 2, "threads that read slides")
-_SEED = flags.DEFINE_integer("seed", 0, "seed of the bootstrap")
+_THREADS = flags.DEFINE_integer("threads", 2, "threads that read slides", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the bootstrap", lower_bound=0)
 
 
 def slide_records(slides: str, split: str | None) -> tuple[SlideRecord, ...]:
@@ -62,15 +68,31 @@ def slide_records(slides: str, split: str | None) -> tuple[SlideRecord, ...]:
         cohort = read_cohort(path, require_files=False, require_labels=False)
         records = cohort.split(split).records if split else cohort.records
         if not records:
-            raise UsageError(f"{path} has no slide in the split {split!r}")
+            raise UsageError(
+                f"{path} has no slide in the split {split!r}: where training made the splits, they are in its --workdir, "
+                "in cohort.csv"
+            )
         return records
     if split:
         raise UsageError("--split needs --slides to be a cohort CSV")
     found = find_slides(path)
-    root = path if path.is_dir() else path.parent
-    stems = [p.stem if p.is_file() else p.name for p in found]
-    unique = [s if stems.count(s) == 1 else "__".join(p.relative_to(root).parts) for s, p in zip(stems, found)]
-    return tuple(SlideRecord(i, p, None, i, None, None, None) for i, p in zip(unique, found))
+    names = slide_names(found, path if path.is_dir() else path.parent)
+    return tuple(SlideRecord(name, file, None, name) for name, file in zip(names, found))
+
+
+def slide_names(found: Sequence[pathlib.Path], root: pathlib.Path) -> list[str]:
+    """A name for each slide below `root`, which its folder of results gets: that of the file, with the folders above it where two
+    would be the same (on any system: capitals do not tell them apart)."""
+    names = [path.stem if path.is_file() and path.stem.strip(".") else path.name for path in found]
+    times = collections.Counter(name.casefold() for name in names)
+    names = [
+        name if times[name.casefold()] == 1 else "__".join(path.relative_to(root).parts or (path.name,))
+        for name, path in zip(names, found)
+    ]
+    twice = [name for name, count in collections.Counter(map(str.casefold, names)).items() if count > 1]
+    if twice:
+        raise UsageError(f"{root}: two slides would be named {twice[0]}: name them in a cohort CSV (slide_id,path)")
+    return names
 
 
 class Prediction:
@@ -85,6 +107,7 @@ class Prediction:
         self._results: dict[str, SlideResult] = {}
         self._next_row = 0
         self._prepared = 0
+        self._noting = threading.Lock()
 
     def run(self, scorer: TileScorer, model: Model, *, threads: int) -> list[SlideResult]:
         """Results in the order of the records."""
@@ -122,7 +145,7 @@ class Prediction:
             collector = SlideCollector(prepared, first_row=self._next_row)
             self._next_row += len(prepared.tiles)
             self._open.append(collector)
-            yield ScanJob(lambda slide=prepared.slide: contextlib.nullcontext(slide), prepared.tiles, collector.rows)
+            yield ScanJob.of_open(prepared.slide, prepared.tiles, collector.rows)
 
     def _estimated_tiles(self) -> int:
         """Tiles of the cohort, as far as it is known: the slides still to be opened are taken to be like those before them."""
@@ -139,11 +162,12 @@ class Prediction:
         return future.done()
 
     def _note(self, result: SlideResult) -> None:
-        """Adds a row and writes the table again, so that it always tells how far the cohort has come."""
-        self._results[result.slide_id] = result
-        rows = [self._results[r.slide_id] for r in self._records if r.slide_id in self._results]
-        names = [field.name for field in dataclasses.fields(SlideResult)]
-        write_table(self._out / "slides.csv", {name: [getattr(row, name) for row in rows] for name in names})
+        """Adds a row and writes the table again, so that it always tells how far the cohort has come. Two threads come here."""
+        with self._noting:
+            self._results[result.slide_id] = result
+            rows = [self._results[r.slide_id] for r in self._records if r.slide_id in self._results]
+            names = [field.name for field in dataclasses.fields(SlideResult)]
+            write_table(self._out / "slides.csv", {name: [getattr(row, name) for row in rows] for name in names})
 
 
 def write_report(
@@ -151,13 +175,19 @@ def write_report(
 ) -> None:
     """summary.json and report.html; with metrics where every finished slide has a label and both classes are there."""
     done = [(record, row) for record, row in zip(records, results) if row.status == "done"]
-    summary, curves = {}, {}
-    if done and all(record.label is not None for record, _ in done):
-        label = np.asarray([record.label == model.positive for record, _ in done], int)
-        score = np.asarray([row.probability for _, row in done])
-        if 0 < label.sum() < len(label):
-            summary = evaluate(label, score, np.asarray([record.patient_id for record, _ in done]), seed=_SEED.value)
-            curves = {model.about["name"]: roc_curve(label, score)}
+    cohort, score = Cohort(tuple(record for record, _ in done)), np.asarray([row.probability for _, row in done])
+    summary, curves, remarks = {}, {}, notes(_SEED.value)
+    try:
+        if not any(record.label for record in records):
+            raise CohortError("no slide has a label (they are in the column `label` of a cohort CSV)")
+        check_two_classes(cohort, model.positive, where="what was predicted")
+    except CohortError as error:
+        remarks = [f"No metrics: {error}."]
+        print(remarks[0])
+    else:
+        label = cohort.labels(model.positive)
+        summary = evaluate(label, score, np.asarray([record.patient_id for record in cohort]), seed=_SEED.value)
+        curves = {model.about["name"]: roc_curve(label, score)}
     slides = [
         SlideRow(
             slide_id=row.slide_id,
@@ -175,9 +205,7 @@ def write_report(
         title=f"{model.positive} in {len(results)} slides",
         subtitle=f"{model.about['name']}, {model.grid.mpp:g} µm per pixel, tiles of {model.grid.tile} px at stride {model.grid.stride}",
         summary=summary,
-        notes=notes(_SEED.value)
-        if summary
-        else ["No metrics: they need labels of both classes for the finished slides."],
+        notes=remarks,
         warnings=[f"{row.slide_id}: {row.reason}" for row in results if row.reason],
         roc=curves,
         slides=slides,
@@ -210,7 +238,12 @@ def main() -> int:
     model = Model.load(_WORKDIR.value)
     records = slide_records(_SLIDES.value, _SPLIT.value)
     out = pathlib.Path(_OUT.value).absolute()
+    check_writable(out)
     grid = dataclasses.replace(model.grid, stride=_STRIDE.value or model.grid.stride)
+    if grid.stride > grid.tile:
+        raise UsageError(
+            f"--stride={grid.stride} is larger than the model's tile of {grid.tile} px: tissue between tiles is not seen"
+        )
     scorer = TileScorer(model.architecture, tile=grid.tile, mesh=make_mesh(), cam=_GRADCAM.value)
     prediction = Prediction(records, grid, min_tissue=model.min_tissue, out=out)
     results = prediction.run(scorer, model, threads=_THREADS.value)

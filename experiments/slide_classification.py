@@ -8,25 +8,29 @@ where it was when the same command is given again. What predict_slides needs is 
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 
-from data_pipelines.cohort import Cohort, assign_splits, check_two_classes, read_cohort
+from data_pipelines.cohort import Cohort, CohortError, assign_splits, check_two_classes, read_cohort, write_cohort
+from data_pipelines.cohort_rows import listed
 from data_pipelines.exports import write_table
 from data_pipelines.shelf import Shelf
 from data_pipelines.tiles import Grid
 from data_pipelines.weights import read_weights
 from experiments.run import settings as settings_module
 from experiments.run.model import Model
-from experiments.run.program import Stop, run, start_devices
+from experiments.run.program import Stop, UsageError, run, start_devices
 from experiments.run.settings import config_from_flags, define_flags
 from experiments.run.slides import SlideSet, prepare_slides
 from experiments.run.training import Study, train_supervised, train_weakly
-from experiments.run.workdir import Workdir, file_hash, versions
+from experiments.run.workdir import Workdir, WorkdirError, file_hash, versions
 from srcc_jax.methods.slide_classification import Config
 from srcc_jax.models import pretrained
 from srcc_jax.models.efficientnet import SOURCES, Architecture, architecture, init
@@ -51,23 +55,44 @@ _MPP_OVERRIDE = flags.DEFINE_float(
 _DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "arithmetic; auto: bfloat16 on GPU and TPU"
 )
-_THREADS = flags.DEFINE_integer("threads", 2, "threads that read slides")
+_THREADS = flags.DEFINE_integer("threads", 2, "threads that read slides", lower_bound=1)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for training in several processes")
-_PROCESSES = flags.DEFINE_integer("processes", 1, "number of processes")
-_PROCESS = flags.DEFINE_integer("process", 0, "number of this process, from 0")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "number of processes", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process", 0, "number of this process, from 0", lower_bound=0)
 
 MODE_NAMES = {"fs": "FS", "ws": "WS", "fs_ws": "FS+WS"}
 
 
+def start(config: Config) -> Mesh:
+    """Joins the other processes, and gives the devices of all of them. Raises UsageError where a batch does not fit them."""
+    if config.batch % _PROCESSES.value:
+        raise UsageError(f"--batch={config.batch} must be a multiple of --processes={_PROCESSES.value}")
+    start_devices(batch=config.batch // _PROCESSES.value)
+    if _PROCESSES.value > 1:
+        start_distributed(_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value)
+    mesh = make_mesh()
+    if config.batch % mesh.size:
+        fits = -(-config.batch // mesh.size) * mesh.size
+        raise UsageError(
+            f"--batch={config.batch} cannot be split evenly over {mesh.size} devices: give --batch={fits}, or another "
+            f"multiple of {mesh.size} (and --buffer a multiple of that)"
+        )
+    return mesh
+
+
 def read_split_cohort(config: Config) -> Cohort:
     """The cohort table with a split for every slide, checked for what training needs."""
-    cohort = read_cohort(_COHORT.value)
+    cohort = assign_splits(read_cohort(_COHORT.value), seed=config.seed)
     for note in cohort.notes:
         print(note)
-    if not cohort.has_splits:
-        cohort = assign_splits(cohort, seed=config.seed)
     for split in ("train", "validation"):
         check_two_classes(cohort.split(split), config.positive, where=f"{_COHORT.value}: the {split} split")
+    bare = [r.slide_id for r in cohort.split("train") if r.label == config.positive and not r.annotation]
+    if bare and config.reads_annotations:
+        raise CohortError(
+            f"{_COHORT.value}: {len(bare)} positive slides of the train split have no annotation: {listed(bare)}. Fill the "
+            "column `annotation`, or train without: --mode=ws --noannotations"
+        )
     return cohort
 
 
@@ -80,8 +105,13 @@ def starting_model(config: Config) -> tuple[Architecture, dict[str, Any]]:
     if config.bn_momentum is not None:
         changes["bn_momentum"] = config.bn_momentum
     if _START.value:
-        start = Model.load(_START.value)
-        return dataclasses.replace(start.architecture, **changes), dict(start.variables)
+        begun = Model.load(_START.value)
+        if begun.architecture.name != config.backbone or _PRETRAINED.value:
+            raise UsageError(
+                f"--start_from={_START.value} is a model of --backbone={begun.architecture.name} with weights of its own: "
+                "give that backbone, and no --pretrained"
+            )
+        return dataclasses.replace(begun.architecture, **changes), dict(begun.variables)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     if not _PRETRAINED.value:
         net = architecture(config.backbone, source="keras", classes=1, **changes)
@@ -100,7 +130,7 @@ def model_name(config: Config) -> str:
     return f"{mode}{annotations}{transfer} {config.mpp:g} µm/px"
 
 
-def settings(config: Config) -> dict[str, Any]:
+def settings(config: Config, net: Architecture) -> dict[str, Any]:
     """Everything that decides the result: another value of any of it needs another work directory."""
     return {
         **dataclasses.asdict(config),
@@ -109,55 +139,74 @@ def settings(config: Config) -> dict[str, Any]:
         "pretrained_source": _SOURCE.value,
         "start_from": file_hash(pathlib.Path(_START.value) / "weights.npz") if _START.value else None,
         "mpp_override": _MPP_OVERRIDE.value,
+        "dtype": net.dtype,
     }
 
 
 def split_slides(cohort: Cohort, split: str, config: Config, workdir: Workdir) -> SlideSet:
-    """The slides of a split with their tiles; those that cannot be used are written to failed_<split>.csv and printed."""
+    """The slides of a split with their tiles; those that cannot be used are written to failed_<split>.csv and printed.
+
+    Raises CohortError where what is left has one class, WorkdirError where a run that goes on would have other slides.
+    """
+    records = cohort.split(split).records
+    annotated = {
+        r.slide_id for r in records if split == "train" and config.reads_annotations and r.label == config.positive
+    }
     found = prepare_slides(
-        cohort.split(split).records,
+        records,
         Grid(tile=config.tile, stride=config.stride, mpp=config.mpp, flush=config.flush),
         min_tissue=config.min_tissue,
         mpp_override=_MPP_OVERRIDE.value,
-        annotated=split == "train" and (config.mode != "ws" or config.annotations),
         cache=workdir.path / "tiles",
+        annotated=annotated,
+        min_annotated=config.min_annotated,
         threads=_THREADS.value,
     )
-    columns = {
-        "slide_id": [record.slide_id for record, _ in found.failed],
-        "reason": [reason for _, reason in found.failed],
-    }
-    write_table(workdir.path / f"failed_{split}.csv", columns)
     for record, reason in found.failed:
         print(f"left out of {split}: {record.slide_id}: {reason}")
+    check_two_classes(Cohort(found.records), config.positive, where=f"what can be used of the {split} split")
+    _note_failed(workdir, split, {record.slide_id: reason for record, reason in found.failed})
     return found
+
+
+def _note_failed(workdir: Workdir, split: str, failed: Mapping[str, str]) -> None:
+    """Writes the table; once training has begun, rows of tiles count on the same slides being there."""
+    table = workdir.path / f"failed_{split}.csv"
+    if workdir.begun:
+        with open(table, newline="", encoding="utf-8") as file:
+            before = {row["slide_id"] for row in csv.DictReader(file)}
+        changed = sorted(before ^ set(failed))
+        if changed:
+            raise WorkdirError(
+                f"{workdir.path}: the run began with other slides: {listed(changed)} could not be used in one of {split}'s "
+                "starts and could in the other. Make them as they were, or give another --workdir"
+            )
+    write_table(table, {"slide_id": list(failed), "reason": list(failed.values())})
 
 
 def main() -> None:
     """Trains the stages of --mode one after the other and writes the finished model."""
     config = config_from_flags(Config)
-    start_devices()
-    if _PROCESSES.value > 1:
-        start_distributed(_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value)
+    mesh = start(config)
     cohort = read_split_cohort(config)
-    workdir = Workdir.open(_WORKDIR.value, settings(config))
-    train, validation = (split_slides(cohort, split, config, workdir) for split in ("train", "validation"))
     net, variables = starting_model(config)
+    decisive = settings(config, net)
+    workdir = Workdir.open(_WORKDIR.value, decisive)
+    write_cohort(workdir.path / "cohort.csv", cohort)
+    train, validation = (split_slides(cohort, split, config, workdir) for split in ("train", "validation"))
     shelf = Shelf([*train.records, *validation.records], mpp_override=_MPP_OVERRIDE.value)
-    study = Study(config, net, make_mesh(), workdir, shelf, train, validation, threads=_THREADS.value, stop=Stop())
-    result = None
-    if config.mode in ("fs", "fs_ws"):
+    study = Study(config, net, mesh, workdir, shelf, train, validation, threads=_THREADS.value, stop=Stop())
+    if config.mode != "ws":
         result = train_supervised(study, variables)
         variables = result.variables
-    if config.mode in ("ws", "fs_ws"):
+    if config.mode != "fs":
         result = train_weakly(study, variables, fresh_head=config.mode == "ws" and not _START.value)
-    assert result is not None
     name = model_name(config)
     about = {
         "name": name,
         "step": result.step,
         "validation_loss": result.loss,
-        "settings": settings(config),
+        "settings": decisive,
         "versions": versions(),
     }
     model = Model(net, result.variables, train.tiles.grid, config.min_tissue, config.positive, about)

@@ -38,7 +38,8 @@ class Model:
         """Writes the model into the work directory; weights first, so that a card never stands without them."""
         flat = flax.traverse_util.flatten_dict(jax.device_get(self.variables), sep="/")
         with atomic_write(workdir / _WEIGHTS) as temporary, temporary.open("wb") as file:
-            np.savez(file, **{name: np.asarray(value) for name, value in flat.items()})
+            arrays: dict[str, Any] = {name: np.asarray(value) for name, value in flat.items()}
+            np.savez(file, **arrays)
         card = {
             "architecture": self.architecture.as_dict(),
             "grid": dataclasses.asdict(self.grid),
@@ -54,7 +55,7 @@ class Model:
         folder = pathlib.Path(workdir)
         try:
             card = json.loads((folder / _CARD).read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise WorkdirError(
                 f"{folder} holds no finished model ({_CARD} is missing): train one there first"
             ) from None

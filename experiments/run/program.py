@@ -15,6 +15,7 @@ from data_pipelines.annotations import AnnotationError
 from data_pipelines.cohort import CohortError
 from data_pipelines.files import OutputError
 from data_pipelines.slides import SlideError
+from data_pipelines.tiles import TilesError
 from data_pipelines.weights import WeightsError
 from experiments.run.workdir import WorkdirError
 from srcc_jax.checkpoints import CheckpointError
@@ -29,6 +30,7 @@ EXPECTED = (
     OutputError,
     PretrainedError,
     SlideError,
+    TilesError,
     TrainingDiverged,
     WeightsError,
     WorkdirError,
@@ -62,12 +64,16 @@ _CACHE = flags.DEFINE_string(
 )
 
 
-def start_devices() -> None:
-    """On CPU one JAX device for each core that this process may use. Call before anything touches a device."""
-    set_cpu_devices(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def start_devices(*, batch: int = 0) -> None:
+    """On CPU one JAX device for each core that this process may use. Call before anything touches a device.
+
+    batch: rows of this process that have to be split evenly: then as many devices as that allows. 0: any number does.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    set_cpu_devices(max(count for count in range(1, cores + 1) if batch % count == 0))
     if _CACHE.value:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(_CACHE.value))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -82,8 +88,16 @@ def run(main: Callable[[], int | None]) -> None:
         except (*EXPECTED, UsageError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"error: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+            return 2
         except Interrupted as stopped:
-            print(f"stopped: {stopped}. The same command goes on from there.", file=sys.stderr)
+            print(stopped, file=sys.stderr)
+            return 130
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
             return 130
 
     app.run(lambda argv: sys.exit(guarded(argv)))

@@ -37,7 +37,7 @@ class TileScorer:
         network = build(architecture, folded=True)
 
         def outputs(variables: Mapping[str, Any], windows: jax.Array) -> dict[str, jax.Array]:
-            out = network.apply(variables, normalize(windows, architecture), train=False)
+            out: Any = network.apply(variables, normalize(windows, architecture), train=False)
             result = {"logit": out["logits"][:, 0]}
             if cam:
                 head = variables["params"]["classifier"]
@@ -95,4 +95,4 @@ def probability(logit: np.ndarray) -> np.ndarray:
 
 
 def _ready(outputs: Mapping[str, jax.Array]) -> bool:
-    return all(value.is_ready() for value in outputs.values())
+    return all(value.is_ready() for value in outputs.values())  # type: ignore[attr-defined]

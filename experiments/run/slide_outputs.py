@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import time
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from data_pipelines.exports import write_json, write_map, write_overlay, write_table
 from data_pipelines.prepare import PreparedSlide
+from data_pipelines.slides import RegionError, SlideError
 from experiments.run.scoring import Scored, probability
 from srcc_jax.kernels.heat_maps import TileMapAverage, paint_probabilities
 
@@ -42,10 +46,11 @@ class SlideCollector:
         self._first_row = first_row
         self._logit = np.full(len(tiles), np.nan, np.float32)
         self._reasons: dict[int, str] = {}
+        self._no_picture = ""
         self._seen = 0
         self._began = time.perf_counter()
         self._cam: TileMapAverage | None = None
-        self._scale = {
+        self._scale: dict[str, Any] = {
             "tile": tiles.grid.tile,
             "stride": tiles.grid.stride,
             "mpp": tiles.grid.mpp,
@@ -59,13 +64,13 @@ class SlideCollector:
     def add(self, scored: Scored) -> int:
         """Takes what belongs to this slide out of a batch; returns how many tiles that were."""
         before, tiles = self._seen, self.prepared.tiles
-        mine = np.isin(scored.row, self.rows)
+        mine = (scored.row >= self._first_row) & (scored.row <= self.rows[-1])
         rows = scored.row[mine] - self._first_row
         self._logit[rows] = scored.logit[mine]
         if scored.cam is not None and len(rows):
             self._cam = self._cam or TileMapAverage(tiles.x, tiles.y, size=scored.cam.shape[-1], **self._scale)
             self._cam.add(rows, scored.cam[mine])
-        missing = {row - self._first_row: reason for row, reason in scored.failed if row in self.rows}
+        missing = {row - self._first_row: why for row, why in scored.failed if self._first_row <= row <= self.rows[-1]}
         self._reasons |= missing
         self._seen += len(rows) + len(missing)
         return self._seen - before
@@ -76,18 +81,18 @@ class SlideCollector:
         values = probability(self._logit)
         seconds = time.perf_counter() - self._began
         known = np.isfinite(values)
+        self._write_maps(folder, values)
         result = SlideResult(
             slide_id=record.slide_id,
             path=str(record.path),
             status="done" if known.any() else "failed",
-            reason=self._missing_text(),
+            reason=self._reason(),
             probability=float(values[known].max()) if known.any() else None,
             mpp=slide.mpp,
             mpp_source=slide.mpp_source,
             tiles=len(tiles),
             tiles_per_second=round(len(tiles) / seconds, 1),
         )
-        self._write_maps(folder, values)
         columns = {"x": tiles.x, "y": tiles.y, "probability": values, "tissue": tiles.tissue}
         write_table(folder / "tiles.csv", columns)
         about = {
@@ -105,16 +110,18 @@ class SlideCollector:
         slide.close()
         return result
 
-    def _missing_text(self) -> str:
-        if not self._reasons:
-            return ""
-        first = next(iter(self._reasons.values()))
-        return f"{len(self._reasons)} of {len(self.rows)} tiles could not be read: {first}"
+    def _reason(self) -> str:
+        """What is missing, in words."""
+        parts = [self._no_picture] if self._no_picture else []
+        if self._reasons:
+            first = next(iter(self._reasons.values()))
+            parts.append(f"{len(self._reasons)} of {len(self.rows)} tiles could not be read: {first}")
+        return "; ".join(parts)
 
     def _write_maps(self, folder: pathlib.Path, values: np.ndarray) -> None:
         tiles, slide = self.prepared.tiles, self.prepared.slide
         downsample = max(1.0, max(slide.width, slide.height) / PICTURE_PX)
-        thumbnail = slide.thumbnail(downsample * slide.mpp)
+        thumbnail = self._thumbnail(downsample)
         painted = paint_probabilities(values, tiles.x, tiles.y, **self._scale)
         write_map(folder / "probability.npz", painted, unit="probability")
         picture = folder / PICTURES["probability"]
@@ -128,3 +135,14 @@ class SlideCollector:
             write_overlay(
                 picture, thumbnail, averaged, thumbnail_downsample=downsample, limits=limits, label="Grad-CAM"
             )
+
+    def _thumbnail(self, downsample: float) -> np.ndarray:
+        """The slide as a picture; its tissue in gray where a level cannot be read that no tile needed."""
+        slide, tissue = self.prepared.slide, self.prepared.tissue
+        try:
+            return slide.thumbnail(downsample * slide.mpp)
+        except (RegionError, SlideError) as error:
+            self._no_picture = f"no picture of the slide: {error}"
+        gray = Image.fromarray(np.where(tissue, 200, 255).astype(np.uint8))
+        size = (math.ceil(slide.width / downsample), math.ceil(slide.height / downsample))
+        return np.array(gray.resize(size, Image.Resampling.NEAREST).convert("RGB"))

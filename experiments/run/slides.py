@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,7 +19,11 @@ from data_pipelines.slides import RegionError, SlideError
 from data_pipelines.tiles import Grid, Tiles
 from experiments.run.progress import progress
 
-NO_TISSUE = "no tissue found: look at the slide, or lower --min_tissue"
+NO_TISSUE = "no tile with enough tissue (--min_tissue of the training) was found: look at the slide"
+NOT_ANNOTATED = (
+    "none of its tiles with tissue is annotated: look at its annotation, lower --min_annotated, "
+    "or take its tiles from anywhere with --mode=ws --noannotations"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,28 +57,31 @@ def prepare_slides(
     *,
     min_tissue: float,
     mpp_override: float | None,
-    annotated: bool,
     cache: pathlib.Path,
+    annotated: Collection[str] = (),
+    min_annotated: float = 0.0,
     threads: int = 2,
 ) -> SlideSet:
     """Opens every slide once and lays its tiles, which are kept in `cache` for the next start.
 
-    A slide that cannot be opened, has no tissue or a wrong annotation file is listed in `failed`; the others go on.
+    annotated: identifiers of the slides whose annotation is read; one needs a tile that is annotated beyond `min_annotated`.
+    A slide that cannot be opened, has no tissue or a wrong annotation is listed in `failed`; the others go on.
     """
 
     def tiles_of(record: SlideRecord) -> Tiles | str:
         path = cache / f"{record.slide_id}.npz"
         if path.exists():
             return Tiles.load(path)
+        read = record.slide_id in annotated
         try:
-            prepared = prepare_slide(
-                record, grid, min_tissue=min_tissue, mpp_override=mpp_override, annotated=annotated
-            )
+            prepared = prepare_slide(record, grid, min_tissue=min_tissue, mpp_override=mpp_override, annotated=read)
         except (SlideError, RegionError, AnnotationError) as error:
             return str(error)
         prepared.slide.close()
         if not len(prepared.tiles):
             return NO_TISSUE
+        if read and not (prepared.tiles.annotated > min_annotated).any():
+            return NOT_ANNOTATED
         cache.mkdir(parents=True, exist_ok=True)
         prepared.tiles.save(path)
         return prepared.tiles

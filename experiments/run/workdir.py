@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.exports import write_json
-from data_pipelines.files import OutputError
+from data_pipelines.files import OutputError, check_writable
 
 _PACKAGES = (
     "jax",
@@ -62,17 +62,22 @@ class Workdir:
         Raises WorkdirError that lists every setting that differs, OutputError where nothing can be written.
         """
         folder = pathlib.Path(path).absolute()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot be made ({error.strerror}); give another --workdir") from error
+        check_writable(folder)
         file = folder / "settings.json"
         wanted = json.loads(json.dumps(dict(settings)))
-        if file.exists():
-            _same_settings(folder, json.loads(file.read_text()), wanted)
-        else:
+        if not file.exists():
             write_json(file, wanted)
+        try:
+            found = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise WorkdirError(f"{file} is not JSON ({error}): restore it, or give another --workdir") from error
+        _same_settings(folder, found, wanted)
         return cls(folder)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step of training was logged."""
+        return (self.path / "metrics.jsonl").exists()
 
     def log(self, stage: str, step: int, row: Mapping[str, float]) -> None:
         """Appends a line to metrics.jsonl."""

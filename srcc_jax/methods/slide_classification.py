@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from srcc_jax.settings import setting
+from srcc_jax.models.efficientnet import VARIANTS
+from srcc_jax.settings import check_settings, setting
 
 # Purposes that a run's seed is folded with, so that no two uses share a random stream.
 _DRAW, _TILES, _SHIFT, _SHUFFLE = range(4)
@@ -33,51 +34,73 @@ class Config:
     positive: str = setting(
         "srcc", "label of the cohort table that counts as positive; every other label is negative (ours)"
     )
-    backbone: str = setting("b1", "EfficientNet: b0 to b7, lite0 to lite4, or tiny (for tests and the demo) (§2.3: B1)")
-    mpp: float = setting(1.0, "µm per pixel of the tiles: 2.0, 1.0, 0.5 are the paper's x5, x10, x20 (§2.4)")
-    tile: int = setting(224, "side of a tile in pixels (§2.4)")
-    stride: int = setting(112, "stride of the grid in pixels, for training and prediction (§2.4)")
+    backbone: str = setting("b1", "EfficientNet; tiny is for tests and the demo (§2.3: B1)", choices=VARIANTS)
+    mpp: float = setting(1.0, "µm per pixel of the tiles: 2.0, 1.0, 0.5 are the paper's x5, x10, x20 (§2.4)", above=0)
+    tile: int = setting(224, "side of a tile in pixels (§2.4)", least=1)
+    stride: int = setting(112, "stride of the grid in pixels, for training and prediction (§2.4)", least=1)
     flush: bool = setting(
         False, "add a last tile flush with the right and bottom edge, so that no strip is left out (ours)"
     )
-    min_tissue: float = setting(0.5, "share of a tile that must be tissue (ours; the paper gives none)")
+    min_tissue: float = setting(
+        0.5, "share of a tile that must be tissue (ours; the paper gives none)", least=0, most=1
+    )
     min_annotated: float = setting(
         0.0,
         "a tile is annotated where more than this share of it is; 0 suits contours of single cells (ours; the paper gives none)",
+        least=0,
+        below=1,
     )
-    tiles_per_slide: int = setting(40, "FS: random tiles from each drawn slide, k (§3.2)")
-    top_k: int = setting(1, "WS: tiles kept from each drawn slide, k (§3.2)")
-    buffer: int = setting(128, "WS: tiles collected before they are trained on, T (§3.2)")
-    batch: int = setting(32, "tiles in a batch (§3.2)")
-    learning_rate: float = setting(1e-3, "Adam's learning rate at the start (§3.2)")
-    decay: float = setting(0.95, "factor on the learning rate (§3.2)")
-    decay_epochs: int = setting(2, "epochs between two decays (§3.2)")
-    adam_b1: float = setting(0.9, "Adam's β1 (§3.2)")
-    adam_b2: float = setting(0.999, "Adam's β2 (§3.2)")
-    adam_epsilon: float = setting(1e-7, "Adam's ε (the Keras default; the paper gives none)")
-    frozen_epochs: int = setting(1, "epochs at the start in which only the last layer is trained (§2.3)")
-    patience: int = setting(10, "stop after this many validations without a lower loss (§3.2)")
+    tiles_per_slide: int = setting(40, "FS: random tiles from each drawn slide, k (§3.2)", least=1)
+    top_k: int = setting(1, "WS: tiles kept from each drawn slide, k (§3.2)", least=1)
+    buffer: int = setting(128, "WS: tiles collected before they are trained on, T (§3.2)", least=1)
+    batch: int = setting(32, "tiles in a batch (§3.2)", least=1)
+    learning_rate: float = setting(1e-3, "Adam's learning rate at the start (§3.2)", above=0)
+    decay: float = setting(0.95, "factor on the learning rate (§3.2)", above=0, most=1)
+    decay_epochs: int = setting(2, "epochs between two decays (§3.2)", least=1)
+    adam_b1: float = setting(0.9, "Adam's β1 (§3.2)", least=0, below=1)
+    adam_b2: float = setting(0.999, "Adam's β2 (§3.2)", least=0, below=1)
+    adam_epsilon: float = setting(1e-7, "Adam's ε (the Keras default; the paper gives none)", above=0)
+    frozen_epochs: int = setting(1, "epochs at the start in which only the last layer is trained (§2.3)", least=0)
+    patience: int = setting(10, "stop after this many validations without a lower loss (§3.2)", least=1)
     max_epochs: int = setting(
-        100, "stop after this many epochs at the latest (ours; the paper stops by patience alone)"
+        100, "stop after this many epochs at the latest (ours; the paper stops by patience alone)", least=1
     )
-    dropout: float = setting(0.2, "dropout before the last layer (the architecture's default)")
-    drop_path: float = setting(0.2, "stochastic depth of the last block (the architecture's default)")
+    dropout: float = setting(0.2, "dropout before the last layer (the architecture's default)", least=0, below=1)
+    drop_path: float = setting(0.2, "stochastic depth of the last block (the architecture's default)", least=0, below=1)
     bn_momentum: float | None = setting(
         None,
         "share of BatchNorm's running value that a step keeps; none: the source's (Keras 0.99). Short runs need 0.9 (ours)",
+        least=0,
+        below=1,
     )
-    translation: int = setting(16, "augmentation: largest shift of a tile in pixels (ours; §2.4 names translations)")
-    brightness: float = setting(0.1, "augmentation: largest change, as a share of 255 (ours; §2.4 names colour shifts)")
-    contrast: float = setting(0.1, "augmentation: largest change of the contrast factor (ours)")
-    saturation: float = setting(0.1, "augmentation: largest change of the saturation factor (ours)")
-    hue: float = setting(0.02, "augmentation: largest turn of the hue, as a share of the circle (ours)")
-    seed: int = setting(0, "seed of everything random in the run (ours)")
+    translation: int = setting(
+        16, "augmentation: largest shift of a tile in pixels (ours; §2.4 names translations)", least=0
+    )
+    brightness: float = setting(
+        0.1, "augmentation: largest change, as a share of 255 (ours; §2.4 names colour shifts)", least=0, below=1
+    )
+    contrast: float = setting(0.1, "augmentation: largest change of the contrast factor (ours)", least=0, below=1)
+    saturation: float = setting(0.1, "augmentation: largest change of the saturation factor (ours)", least=0, below=1)
+    hue: float = setting(
+        0.02, "augmentation: largest turn of the hue, as a share of the circle (ours)", least=0, below=1
+    )
+    seed: int = setting(0, "seed of everything random in the run (ours)", least=0)
 
     def __post_init__(self) -> None:
+        check_settings(self)
+        if self.stride > self.tile:
+            raise ValueError(
+                f"--stride={self.stride} is larger than --tile={self.tile}: tissue between tiles is not seen"
+            )
         if self.buffer % self.top_k or self.buffer % self.batch:
             raise ValueError(
                 f"--buffer={self.buffer} must be a multiple of --top_k={self.top_k} and of --batch={self.batch}"
             )
+
+    @property
+    def reads_annotations(self) -> bool:
+        """Whether tiles of positive slides are taken from their annotation."""
+        return self.mode != "ws" or self.annotations
 
 
 def balanced_draws(labels: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
@@ -174,6 +197,11 @@ class WeakSampler:
         return self.config.buffer // self.config.top_k
 
     @property
+    def rounds(self) -> int:
+        """Rounds until `max_epochs` are over."""
+        return -(-self.config.max_epochs * self.draws_per_epoch // self.draws_per_round)
+
+    @property
     def steps_per_epoch(self) -> float:
         return self.draws_per_epoch * self.config.top_k / self.config.batch
 
@@ -196,7 +224,7 @@ class WeakSampler:
 
     def finished(self, number: int) -> bool:
         """Whether `max_epochs` are over after this round."""
-        return (number + 1) * self.draws_per_round >= self.config.max_epochs * self.draws_per_epoch
+        return number + 1 >= self.rounds
 
     def rows_of_step(self, number: int, chosen: Mapping[int, np.ndarray]) -> Callable[[int], Mapping[str, np.ndarray]]:
         """chosen: per slide of the round, the rows of its top k tiles (fewer where it has fewer). Returns rows(step) for the steps
@@ -208,7 +236,11 @@ class WeakSampler:
             rows[position, : len(found)], weight[position, : len(found)] = found, 1
         label = np.repeat(self.labels[draws], k).astype(np.float32)
         order = np.random.default_rng([self.config.seed, _SHUFFLE, number]).permutation(len(label))
-        buffer = {"row": rows.reshape(-1)[order], "label": label[order], "weight": weight.reshape(-1)[order]}
+        buffer: dict[str, np.ndarray] = {
+            "row": rows.reshape(-1)[order],
+            "label": label[order],
+            "weight": weight.reshape(-1)[order],
+        }
 
         def rows_of_step(step: int) -> Mapping[str, np.ndarray]:
             begin = (step - number * self.steps_per_round) * self.config.batch
@@ -234,7 +266,9 @@ def candidate_rows(
     """
     inside = (annotated > config.min_annotated) if supervised or config.annotations else np.ones(len(slide), bool)
     allowed = inside | (labels[slide] == 0)
-    return [np.flatnonzero((slide == s) & allowed) for s in range(len(labels))]
+    rows = np.flatnonzero(allowed)
+    rows = rows[np.argsort(slide[rows], kind="stable")]
+    return np.split(rows, np.searchsorted(slide[rows], np.arange(1, len(labels))))
 
 
 def slide_scores(probability: np.ndarray, slide: np.ndarray, *, slides: int) -> np.ndarray:

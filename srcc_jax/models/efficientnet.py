@@ -77,7 +77,7 @@ STAGES = (
     Stage(6, 5, 192, 4, 2),
     Stage(6, 3, 320, 1, 1),
 )
-# Ours, for tests and the demo: a fifth of a million parameters, seen at 1/16 of the image.
+# Ours, for tests and the demo: 0.13 million parameters, last map at 1/16 of the image's side.
 _TINY_STAGES = (Stage(1, 3, 16, 1, 1), Stage(4, 3, 24, 2, 2), Stage(4, 5, 40, 2, 2), Stage(4, 3, 64, 2, 2))
 
 # width, depth, side of the images it was designed for in pixels, dropout

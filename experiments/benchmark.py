@@ -1,0 +1,199 @@
+"""Measures the table of BENCHMARKS.md on this machine: every figure is a ratio of two things measured in turn.
+
+python -m experiments.benchmark --slide=slide.tiff [--mpp_override=0.5] [--sections=model,reading,predict,memory]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import pathlib
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+import openslide
+from absl import flags
+
+from data_pipelines.cohort import SlideRecord
+from data_pipelines.prepare import prepare_slide
+from data_pipelines.scan import ScanBatch, ScanJob, ScanShape, scan
+from data_pipelines.slides import open_slide
+from data_pipelines.synthetic import large_slide
+from data_pipelines.tiles import Grid
+from experiments.run.model import Model
+from experiments.run.peers import Peer, interleaved
+from experiments.run.program import UsageError, run, start_devices
+from experiments.run.scoring import TileScorer
+from experiments.run.slide_outputs import SlideCollector
+from experiments.run.workdir import versions
+from srcc_jax.models.efficientnet import architecture, init
+from srcc_jax.parallel import make_mesh
+from srcc_jax.report import markdown_table
+
+_SLIDE = flags.DEFINE_string("slide", None, "a slide to read and predict (sections reading and predict)")
+_MPP_OVERRIDE = flags.DEFINE_float("mpp_override", None, "µm per pixel of the slide, where it does not say it")
+_SECTIONS = flags.DEFINE_list("sections", ["model", "reading", "predict", "memory"], "which parts to measure")
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "times that each pair is measured")
+_SIDES = flags.DEFINE_list("sides", ["15000", "30000", "60000"], "sides of the slides of section memory, in pixels")
+
+GRID = Grid(tile=224, stride=112, mpp=1.0)
+Row = tuple[str, str, str, str]
+
+
+def _ratio(name: str, ours: np.ndarray, theirs: np.ndarray, target: str) -> Row:
+    """Median of the ratios of the rounds, with their quartiles."""
+    low, middle, high = np.quantile(ours / theirs, [0.25, 0.5, 0.75])
+    seconds = f"{np.median(ours):.3f} s / {np.median(theirs):.3f} s"
+    return name, f"{middle:.2f} ({low:.2f} to {high:.2f})", target, seconds
+
+
+def model_section() -> Iterator[Row]:
+    """EfficientNet-B1 at 224², float32, against torch with its malloc settings."""
+    tasks = (("infer", 16, "≤ 0.95"), ("infer", 64, "≤ 0.85"), ("train", 16, "≤ 2.5, aim 1.5"))
+    for task, batch, target in tasks:
+        ours, theirs = Peer("jax", task, batch), Peer("torch", task, batch)
+        measured = interleaved(ours.seconds, theirs.seconds, rounds=_ROUNDS.value)
+        ours.close()
+        theirs.close()
+        what = "inference" if task == "infer" else "training step"
+        yield _ratio(f"B1 {what}, batch {batch}: time / torch", *measured, target)
+
+
+def reading_section() -> Iterator[Row]:
+    """All windows of a slide at stride 112, by super-tiles, against OpenSlide window by window; one thread each."""
+    tile, stride, block = GRID.tile, GRID.stride, 8
+    extent = (block - 1) * stride + tile
+
+    def ours() -> float:
+        began = time.perf_counter()
+        with open_slide(_slide(), mpp_override=_MPP_OVERRIDE.value) as slide:
+            for y in range(0, slide.height - extent, block * stride):
+                for x in range(0, slide.width - extent, block * stride):
+                    region = slide.read(x, y, extent, extent, slide.mpp)
+                    for i in range(block**2):
+                        top, left = i // block * stride, i % block * stride
+                        np.ascontiguousarray(region[top : top + tile, left : left + tile])
+        return time.perf_counter() - began
+
+    def theirs() -> float:
+        began = time.perf_counter()
+        with openslide.OpenSlide(_slide()) as slide:
+            width, height = slide.dimensions
+            for y in range(0, height - extent, block * stride):
+                for x in range(0, width - extent, block * stride):
+                    for i in range(block**2):
+                        at = (x + i % block * stride, y + i // block * stride)
+                        np.asarray(slide.read_region(at, 0, (tile, tile)).convert("RGB"))
+        return time.perf_counter() - began
+
+    measured = interleaved(theirs, ours, rounds=max(3, _ROUNDS.value // 3))
+    yield _ratio(f"windows of {pathlib.Path(_slide()).name}, stride 112: OpenSlide's time / ours", *measured, "≥ 6")
+
+
+def predict_section() -> Iterator[Row]:
+    """A slide from opening to its files, against the network alone over the same tiles held in memory."""
+    model = _untrained_model("b1")
+    scorer = TileScorer(model.architecture, tile=GRID.tile, mesh=make_mesh(), cam=True)
+    folded, record = scorer.fold(model.variables), SlideRecord("slide", pathlib.Path(_slide()), None, "slide")
+
+    def jobs(collectors: list[SlideCollector]) -> Iterator[ScanJob]:
+        prepared = prepare_slide(record, GRID, min_tissue=0.5, mpp_override=_MPP_OVERRIDE.value)
+        collectors.append(SlideCollector(prepared, first_row=0))
+        yield ScanJob.of_open(prepared.slide, prepared.tiles, collectors[0].rows)
+
+    def whole() -> float:
+        began, collectors = time.perf_counter(), list[SlideCollector]()
+        with tempfile.TemporaryDirectory() as folder:
+            for scored in scorer.score(folded, scan(jobs(collectors), ScanShape.of(GRID))):
+                collectors[0].add(scored)
+            collectors[0].write(pathlib.Path(folder))
+        return time.perf_counter() - began
+
+    held: list[ScanBatch] = list(scan(jobs([]), ScanShape.of(GRID)))
+
+    def network() -> float:
+        began = time.perf_counter()
+        for _ in scorer.score(folded, held):
+            pass
+        return time.perf_counter() - began
+
+    whole()
+    measured = interleaved(whole, network, rounds=max(3, _ROUNDS.value // 3))
+    tiles = sum(batch.count for batch in held)
+    yield _ratio(
+        f"predicting {pathlib.Path(_slide()).name} ({tiles} tiles): whole / network alone", *measured, "≤ 1.15"
+    )
+
+
+def memory_section() -> Iterator[Row]:
+    """Peak memory of predict_slides, B1, on slides of growing side."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        _untrained_model("b1").save(root / "model")
+        for side in map(int, _SIDES.value):
+            slide = large_slide(root / f"large_{side}.tiff", side_px=side)
+            size = slide.stat().st_size / 1e6
+            line = ["-m", "experiments.predict_slides", f"--workdir={root / 'model'}", f"--slides={slide}"]
+            began = time.perf_counter()
+            process = subprocess.Popen([sys.executable, *line, f"--out={root / f'out_{side}'}"])
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise UsageError(f"predicting {slide} failed: see what it printed above")
+            name = f"predicting {side} × {side} ({size:.0f} MB): peak memory"
+            yield name, f"{_gigabytes(usage):.2f} GB", "≤ 2.5 GB, flat", f"{time.perf_counter() - began:.0f} s"
+
+
+def _gigabytes(usage: resource.struct_rusage) -> float:
+    return usage.ru_maxrss / (1e9 if platform.system() == "Darwin" else 1e6)
+
+
+def _slide() -> str:
+    if not _SLIDE.value:
+        raise UsageError("--slide is needed for the sections reading and predict; or leave them out of --sections")
+    return _SLIDE.value
+
+
+def _untrained_model(name: str) -> Model:
+    """Speed and memory do not depend on what the weights are."""
+    net = architecture(name, source="torchvision", classes=1)
+    about = {"name": f"untrained {name}", "settings": {}}
+    return Model(net, init(net, jax.random.key(0)), GRID, 0.5, "positive", about)
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
+    "model": model_section,
+    "reading": reading_section,
+    "predict": predict_section,
+    "memory": memory_section,
+}
+
+
+def main() -> None:
+    """Prints the table as Markdown, under the machine and the versions."""
+    unknown = set(_SECTIONS.value) - set(SECTIONS)
+    if unknown:
+        raise UsageError(f"--sections: {', '.join(sorted(unknown))} is none of {', '.join(SECTIONS)}")
+    start_devices()
+    rows: list[Row] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        for section in _SECTIONS.value:
+            for row in SECTIONS[section]():
+                print(" | ".join(row), flush=True)
+                rows.append(row)
+    found = versions()
+    print(
+        f"\n{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, jax {found['jax']}, Python {found['python']}"
+    )
+    print(markdown_table(rows, ["what", "measured", "target", "seconds"]))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,146 @@
+"""EfficientNet-B1 in torch and in JAX as two processes that take turns: each measures one round when it is asked to.
+
+python -m experiments.run.peers torch train 16      (reads a line per round from standard input, answers with seconds)
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+SIDE = 224
+# torch gives freed memory back to the system and asks for it again at every step, which costs it up to 3.7 times on CPU.
+TORCH_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "8589934592",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+class Peer:
+    """A child process that runs one task of one framework whenever `seconds` is called."""
+
+    def __init__(self, framework: str, task: str, batch: int):
+        environment = {**os.environ, **(TORCH_MALLOC if framework == "torch" else {})}
+        line = [sys.executable, "-m", "experiments.run.peers", framework, task, str(batch)]
+        self._process = subprocess.Popen(
+            line, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.seconds()  # compiles, and warms the caches
+
+    def seconds(self) -> float:
+        """Seconds of one round."""
+        assert self._process.stdin and self._process.stdout
+        print("go", file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError("a peer of the benchmark ended early: see what it printed above")
+        return float(answer)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def interleaved(one: Callable[[], float], other: Callable[[], float], *, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds [rounds] of each, measured in turn, so that both meet the same disturbances."""
+    pairs = np.asarray([(one(), other()) for _ in range(rounds)])
+    return pairs[:, 0], pairs[:, 1]
+
+
+def torch_task(task: str, batch: int) -> Callable[[], None]:
+    """torchvision's EfficientNet-B1, channels last, with the settings that are fastest on CPU."""
+    import torch
+
+    # torchvision's wheel is built for CUDA; beside torch's CPU build its operators are absent, and only their names are needed.
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from torchvision.models import efficientnet_b1
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = efficientnet_b1(num_classes=1).to(memory_format=torch.channels_last)
+    image = torch.randn(batch, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
+    if task == "infer":
+        model.eval()
+
+        def infer() -> None:
+            with torch.inference_mode():
+                model(image)
+
+        return infer
+    label = (torch.arange(batch) % 2).float()
+    adam = torch.optim.Adam(model.parameters(), 1e-3)
+
+    def train() -> None:
+        adam.zero_grad()
+        torch.nn.functional.binary_cross_entropy_with_logits(model(image)[:, 0], label).backward()
+        adam.step()
+
+    return train
+
+
+def jax_task(task: str, batch: int) -> Callable[[], None]:
+    """Ours, as the experiments run it: all cores as devices, folded for inference, the step of `fit` for training."""
+    import jax
+    import optax
+
+    from srcc_jax import parallel
+    from srcc_jax.losses import binary_cross_entropy
+    from srcc_jax.models.efficientnet import architecture, build, init, normalize
+    from srcc_jax.models.layers import fold_batch_norm
+    from srcc_jax.train import init_state, make_train_step
+
+    parallel.set_cpu_devices(len(os.sched_getaffinity(0)))
+    mesh, net = parallel.make_mesh(), architecture("b1", source="torchvision", classes=1)
+    variables = init(net, jax.random.key(0))
+    image = np.random.default_rng(0).integers(0, 256, (batch, SIDE, SIDE, 3), np.uint8)
+    if task == "infer":
+        return _jax_inference(net, fold_batch_norm(variables, epsilon=net.bn_epsilon), image, mesh)
+    adam = optax.flatten(optax.adam(1e-3))
+    loss = binary_cross_entropy(build(net), prepare=lambda image, key: normalize(image, net))
+    step, state = make_train_step(loss, adam, mesh), init_state(variables, adam, 0, mesh)
+    arrays = {"image": image, "label": np.arange(batch, dtype=np.float32) % 2, "weight": np.ones(batch, np.float32)}
+
+    def train() -> None:
+        nonlocal state
+        state, _ = step(state, parallel.put(arrays, mesh))
+        jax.block_until_ready(state)
+
+    return train
+
+
+def _jax_inference(net, folded, image: np.ndarray, mesh) -> Callable[[], None]:
+    """Through the sliding-window kernel, whose windows here are whole images."""
+    import jax
+
+    from srcc_jax import parallel
+    from srcc_jax.kernels.windows import make_window_fn
+    from srcc_jax.models.efficientnet import build, normalize
+
+    network: Any = build(net, folded=True)
+    outputs = make_window_fn(
+        lambda variables, windows: network.apply(variables, normalize(windows, net), train=False)["logits"],
+        tile=SIDE,
+        mesh=mesh,
+    )
+    folded = parallel.replicate(folded, mesh)
+    window = np.stack([np.arange(len(image)), *np.zeros((2, len(image)), int)], axis=1).astype(np.int32)
+    return lambda: jax.block_until_ready(outputs(folded, image, window, len(image)))
+
+
+def main(framework: str, task: str, batch: str) -> None:
+    """Answers each line of standard input with the seconds of one round."""
+    run = {"torch": torch_task, "jax": jax_task}[framework](task, int(batch))
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        run()
+        print(time.perf_counter() - began, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
