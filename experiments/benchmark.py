@@ -1,16 +1,18 @@
 """Measures the table of BENCHMARKS.md on this machine: every figure is a ratio of two things measured in turn.
 
-python -m experiments.benchmark --slide=slide.tiff [--mpp_override=0.5] [--sections=model,reading,predict,memory]
+python -m experiments.benchmark --slide=slide.tiff --mpp_override=0.5 [--sections=model,reading,predict,memory]
 """
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import datetime
+import functools
 import os
 import pathlib
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,7 +40,7 @@ from srcc_jax.models.efficientnet import architecture, init
 from srcc_jax.parallel import make_mesh
 from srcc_jax.report import markdown_table
 
-_SLIDE = flags.DEFINE_string("slide", None, "a slide to read and predict (sections reading and predict)")
+_SLIDE = flags.DEFINE_string("slide", None, "a slide for the sections reading and predict; none: a drawn one")
 _MPP_OVERRIDE = flags.DEFINE_float("mpp_override", None, "µm per pixel of the slide, where it does not say it")
 _SECTIONS = flags.DEFINE_list("sections", ["model", "reading", "predict", "memory"], "which parts to measure")
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "times that each pair is measured")
@@ -155,10 +157,14 @@ def _gigabytes(usage: resource.struct_rusage) -> float:
     return usage.ru_maxrss / (1e9 if platform.system() == "Darwin" else 1e6)
 
 
+@functools.cache
 def _slide() -> str:
-    if not _SLIDE.value:
-        raise UsageError("--slide is needed for the sections reading and predict; or leave them out of --sections")
-    return _SLIDE.value
+    """The slide of the flag; without it a drawn one of 12,000² pixels, a third of it tissue."""
+    if _SLIDE.value:
+        return _SLIDE.value
+    folder = tempfile.mkdtemp(prefix="srcc_jax_")
+    atexit.register(shutil.rmtree, folder)
+    return str(large_slide(pathlib.Path(folder) / "drawn.tiff", side_px=12_000, tissue=0.33))
 
 
 def _untrained_model(name: str) -> Model:
@@ -183,11 +189,10 @@ def main() -> None:
         raise UsageError(f"--sections: {', '.join(sorted(unknown))} is none of {', '.join(SECTIONS)}")
     start_devices()
     rows: list[Row] = []
-    with contextlib.suppress(KeyboardInterrupt):
-        for section in _SECTIONS.value:
-            for row in SECTIONS[section]():
-                print(" | ".join(row), flush=True)
-                rows.append(row)
+    for section in _SECTIONS.value:
+        for row in SECTIONS[section]():
+            print(" | ".join(row), flush=True)
+            rows.append(row)
     found = versions()
     print(
         f"\n{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, jax {found['jax']}, Python {found['python']}"

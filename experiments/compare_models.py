@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import csv
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
 
-from data_pipelines.cohort import Cohort, read_cohort
+from data_pipelines.cohort import Cohort, check_two_classes, read_cohort
+from data_pipelines.cohort_rows import listed
 from data_pipelines.exports import write_json, write_text
 from experiments.run.evaluation import evaluate, notes
 from experiments.run.program import UsageError, run
@@ -40,13 +42,25 @@ def read_probabilities(folder: pathlib.Path, cohort: Cohort) -> np.ndarray:
     if not file.exists():
         raise UsageError(f"{file} is missing: --predictions takes folders that predict_slides wrote")
     with open(file, newline="", encoding="utf-8") as table:
-        found = {row["slide_id"]: row["probability"] for row in csv.DictReader(table)}
+        found = {row.get("slide_id", ""): row.get("probability", "") for row in csv.DictReader(table)}
     absent = [r.slide_id for r in cohort.records if not found.get(r.slide_id)]
     if absent:
         raise UsageError(
-            f"{file} has no probability for {len(absent)} slides, the first {absent[0]}: predict the same split"
+            f"{file} has no probability for {listed(absent)}: every model is compared over the same slides. Predict them, or "
+            "take them out of the cohort table"
         )
     return np.asarray([float(found[r.slide_id]) for r in cohort.records])
+
+
+def named_folders(entries: Sequence[str]) -> dict[str, pathlib.Path]:
+    """name -> folder of each --predictions."""
+    pairs = [entry.partition("=") for entry in entries]
+    for entry, (name, sign, folder) in zip(entries, pairs):
+        if not (name and sign and folder):
+            raise UsageError(f"--predictions={entry}: give <name>=<folder of predict_slides>")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise UsageError("two --predictions have the same name: each is a row of the table")
+    return {name: pathlib.Path(folder) for name, _, folder in pairs}
 
 
 def paper_rows(test_set: str) -> dict[str, dict[str, Interval]]:
@@ -61,12 +75,12 @@ def main() -> None:
     """Writes the table and prints it."""
     cohort = read_cohort(_COHORT.value, require_files=False)
     cohort = cohort.split(_SPLIT.value) if _SPLIT.value else cohort
+    check_two_classes(cohort, _POSITIVE.value, where=f"{_COHORT.value}, as far as it is compared,")
     label = cohort.labels(positive=_POSITIVE.value)
     patient = np.asarray([record.patient_id for record in cohort.records])
     ours, curves, every = {}, {}, {}
-    for entry in _PREDICTIONS.value:
-        name, _, folder = entry.partition("=")
-        score = read_probabilities(pathlib.Path(folder), cohort)
+    for name, folder in named_folders(_PREDICTIONS.value).items():
+        score = read_probabilities(folder, cohort)
         every[name] = evaluate(label, score, patient, seed=_SEED.value)
         ours[name] = {metric: every[name][metric]["slide"] for metric in ("ROC AUC", "log loss")}
         curves[name] = roc_curve(label, score)

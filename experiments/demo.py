@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import pathlib
-import subprocess
-import sys
 import time
 
 from absl import flags
 
 from data_pipelines.exports import write_json
 from data_pipelines.synthetic import drawn_cohort
-from experiments.run.program import UsageError, run
+from experiments.run.program import command, run
 from experiments.run.progress import progress
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "folder for the slides, the model and the report")
@@ -59,15 +57,6 @@ def draw_slides(folder: pathlib.Path) -> pathlib.Path:
                 progress=lambda n, _: bar.update(n - bar.n),
             )
     return table
-
-
-def command(module: str, **values: object) -> None:
-    """Runs a program of ours as a user would. Raises UsageError where it fails."""
-    line = ["-m", f"experiments.{module}", *(f"--{name}={value}" for name, value in values.items())]
-    print(f"$ python {' '.join(line)}", flush=True)
-    status = subprocess.run([sys.executable, *line]).returncode
-    if status:
-        raise UsageError(f"python {' '.join(line)} ended with status {status}: see what it printed above")
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ Leaves out/slides.csv (a row for every slide given), a folder for each slide, ou
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import pathlib
@@ -18,26 +17,24 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
 from absl import flags
 
 from data_pipelines.annotations import AnnotationError
-from data_pipelines.cohort import Cohort, CohortError, SlideRecord, check_two_classes, read_cohort
+from data_pipelines.cohort import SlideRecord
 from data_pipelines.exports import write_json, write_table, write_text
 from data_pipelines.files import check_writable
 from data_pipelines.prepare import PreparedSlide, prepare_slide
 from data_pipelines.scan import ScanJob, ScanShape, prefetch, scan
-from data_pipelines.slides import RegionError, SlideError, find_slides
+from data_pipelines.slides import RegionError, SlideError
 from data_pipelines.tiles import Grid
-from experiments.run.evaluation import evaluate, notes
+from experiments.run.evaluation import Merit, measure
 from experiments.run.model import Model
 from experiments.run.program import UsageError, run, start_devices
 from experiments.run.progress import progress
 from experiments.run.scoring import TileScorer
 from experiments.run.slide_outputs import PICTURES, SlideCollector, SlideResult
-from experiments.run.slides import NO_TISSUE
+from experiments.run.slides import NO_TISSUE, slide_records
 from experiments.run.workdir import versions
-from srcc_jax.metrics import roc_curve
 from srcc_jax.parallel import make_mesh
 from srcc_jax.report import Report, SlideRow, render
 
@@ -59,40 +56,6 @@ _MPP_OVERRIDE = flags.DEFINE_float(
 )
 _THREADS = flags.DEFINE_integer("threads", 2, "threads that read slides", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the bootstrap", lower_bound=0)
-
-
-def slide_records(slides: str, split: str | None) -> tuple[SlideRecord, ...]:
-    """The slides that --slides names, with their labels where it is a cohort table."""
-    path = pathlib.Path(slides)
-    if path.suffix.lower() == ".csv":
-        cohort = read_cohort(path, require_files=False, require_labels=False)
-        records = cohort.split(split).records if split else cohort.records
-        if not records:
-            raise UsageError(
-                f"{path} has no slide in the split {split!r}: where training made the splits, they are in its --workdir, "
-                "in cohort.csv"
-            )
-        return records
-    if split:
-        raise UsageError("--split needs --slides to be a cohort CSV")
-    found = find_slides(path)
-    names = slide_names(found, path if path.is_dir() else path.parent)
-    return tuple(SlideRecord(name, file, None, name) for name, file in zip(names, found))
-
-
-def slide_names(found: Sequence[pathlib.Path], root: pathlib.Path) -> list[str]:
-    """A name for each slide below `root`, which its folder of results gets: that of the file, with the folders above it where two
-    would be the same (on any system: capitals do not tell them apart)."""
-    names = [path.stem if path.is_file() and path.stem.strip(".") else path.name for path in found]
-    times = collections.Counter(name.casefold() for name in names)
-    names = [
-        name if times[name.casefold()] == 1 else "__".join(path.relative_to(root).parts or (path.name,))
-        for name, path in zip(names, found)
-    ]
-    twice = [name for name, count in collections.Counter(map(str.casefold, names)).items() if count > 1]
-    if twice:
-        raise UsageError(f"{root}: two slides would be named {twice[0]}: name them in a cohort CSV (slide_id,path)")
-    return names
 
 
 class Prediction:
@@ -171,23 +134,15 @@ class Prediction:
 
 
 def write_report(
-    model: Model, records: Sequence[SlideRecord], results: Sequence[SlideResult], out: pathlib.Path, speed: dict
+    model: Model,
+    grid: Grid,
+    merit: Merit,
+    records: Sequence[SlideRecord],
+    results: Sequence[SlideResult],
+    out: pathlib.Path,
+    speed: dict,
 ) -> None:
-    """summary.json and report.html; with metrics where every finished slide has a label and both classes are there."""
-    done = [(record, row) for record, row in zip(records, results) if row.status == "done"]
-    cohort, score = Cohort(tuple(record for record, _ in done)), np.asarray([row.probability for _, row in done])
-    summary, curves, remarks = {}, {}, notes(_SEED.value)
-    try:
-        if not any(record.label for record in records):
-            raise CohortError("no slide has a label (they are in the column `label` of a cohort CSV)")
-        check_two_classes(cohort, model.positive, where="what was predicted")
-    except CohortError as error:
-        remarks = [f"No metrics: {error}."]
-        print(remarks[0])
-    else:
-        label = cohort.labels(model.positive)
-        summary = evaluate(label, score, np.asarray([record.patient_id for record in cohort]), seed=_SEED.value)
-        curves = {model.about["name"]: roc_curve(label, score)}
+    """summary.json and report.html."""
     slides = [
         SlideRow(
             slide_id=row.slide_id,
@@ -203,21 +158,21 @@ def write_report(
     ]
     report = Report(
         title=f"{model.positive} in {len(results)} slides",
-        subtitle=f"{model.about['name']}, {model.grid.mpp:g} µm per pixel, tiles of {model.grid.tile} px at stride {model.grid.stride}",
-        summary=summary,
-        notes=remarks,
+        subtitle=f"{model.about['name']}, {grid.mpp:g} µm per pixel, tiles of {grid.tile} px at stride {grid.stride}",
+        summary=merit.summary,
+        notes=merit.remarks,
         warnings=[f"{row.slide_id}: {row.reason}" for row in results if row.reason],
-        roc=curves,
+        roc=merit.curves,
         slides=slides,
         configuration={**model.about["settings"], **speed},
         versions=versions(),
     )
     write_text(out / "report.html", render(report))
     failed = {row.slide_id: row.reason for row in results if row.status == "failed"}
-    auc = summary["ROC AUC"]["slide"] if summary else None
+    auc = merit.summary["ROC AUC"]["slide"] if merit.summary else None
     numbers = {
         "slide_auc": auc,
-        "metrics": summary,
+        "metrics": merit.summary,
         "slides": len(results),
         "failed": failed,
         **speed,
@@ -254,7 +209,16 @@ def main() -> int:
         "device_waiting_share": scorer.waiting_share,
         "seconds": {"prediction": seconds},
     }
-    write_report(model, records, results, out, speed)
+    merit = measure(
+        records,
+        [row.probability for row in results],
+        positive=model.positive,
+        name=model.about["name"],
+        seed=_SEED.value,
+    )
+    write_report(model, grid, merit, records, results, out, speed)
+    if not merit.summary:
+        print(merit.remarks[0])
     failed = [row for row in results if row.status == "failed"]
     print(
         f"{len(results) - len(failed)} of {len(results)} slides done, {scorer.tiles} tiles in {seconds:.1f} s "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import pathlib
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,9 +118,15 @@ def starting_model(config: Config) -> tuple[Architecture, dict[str, Any]]:
         net = architecture(config.backbone, source="keras", classes=1, **changes)
         return net, init(net, key)
     arrays = read_weights(_PRETRAINED.value)
-    published = pretrained.source_conventions(arrays, config.backbone, source=_SOURCE.value, classes=1)
-    net = dataclasses.replace(published, **changes)
-    return net, pretrained.load(arrays, net, init(net, key), replace_head=True)
+    try:
+        published = pretrained.source_conventions(arrays, config.backbone, source=_SOURCE.value, classes=1)
+        net = dataclasses.replace(published, **changes)
+        return net, pretrained.load(arrays, net, init(net, key), replace_head=True)
+    except pretrained.PretrainedError as error:
+        problem = textwrap.shorten(str(error), 300, placeholder=" ...")  # it can name hundreds of arrays
+        raise UsageError(
+            f"--pretrained={_PRETRAINED.value} does not fit --backbone={config.backbone}: {problem}"
+        ) from error
 
 
 def model_name(config: Config) -> str:
@@ -149,9 +156,11 @@ def split_slides(cohort: Cohort, split: str, config: Config, workdir: Workdir) -
     Raises CohortError where what is left has one class, WorkdirError where a run that goes on would have other slides.
     """
     records = cohort.split(split).records
-    annotated = {
-        r.slide_id for r in records if split == "train" and config.reads_annotations and r.label == config.positive
-    }
+    training, positives = split == "train", [record for record in records if record.label == config.positive]
+    if training:
+        annotated = {record.slide_id for record in positives if config.reads_annotations}
+    else:
+        annotated = {record.slide_id for record in positives if record.annotation and config.selection != "slide"}
     found = prepare_slides(
         records,
         Grid(tile=config.tile, stride=config.stride, mpp=config.mpp, flush=config.flush),
@@ -159,7 +168,7 @@ def split_slides(cohort: Cohort, split: str, config: Config, workdir: Workdir) -
         mpp_override=_MPP_OVERRIDE.value,
         cache=workdir.path / "tiles",
         annotated=annotated,
-        min_annotated=config.min_annotated,
+        min_annotated=config.min_annotated if training else None,
         threads=_THREADS.value,
     )
     for record, reason in found.failed:

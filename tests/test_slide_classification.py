@@ -110,6 +110,17 @@ def test_slide_score_is_the_maximum_and_ignores_what_could_not_be_read():
     np.testing.assert_array_equal(scores, [0.7, 0.2, np.nan])
 
 
+def test_tile_loss_counts_each_class_half():
+    logit = np.log(np.array([0.9, 0.8, 0.2, 0.6]) / np.array([0.1, 0.2, 0.8, 0.4]))
+    loss = sc.tile_loss(logit, np.array([1, 1, 1, 0]))
+    assert loss == pytest.approx((-np.log([0.9, 0.8, 0.2]).mean() - np.log(0.4)) / 2)
+
+
+def test_slide_loss_is_the_mean_cross_entropy():
+    logit = np.log(np.array([0.9, 0.2]) / np.array([0.1, 0.8]))
+    assert sc.slide_loss(logit, np.array([1, 0])) == pytest.approx(-(np.log(0.9) + np.log(0.8)) / 2)
+
+
 def test_buffer_must_be_whole_batches():
     with pytest.raises(ValueError, match="--buffer=130"):
         sc.Config(buffer=130)

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
-from srcc_jax.metrics import LOG_LOSS_CLIP, Interval, Metric, bootstrap, log_loss, roc_auc, sensitivity, specificity
+from data_pipelines.cohort import Cohort, CohortError, SlideRecord, check_two_classes
+from srcc_jax.metrics import (
+    LOG_LOSS_CLIP,
+    Interval,
+    Metric,
+    RocCurve,
+    bootstrap,
+    log_loss,
+    roc_auc,
+    roc_curve,
+    sensitivity,
+    specificity,
+)
 
 ITERATIONS = 1000  # Kanavati 2021, §2.7
 METRICS: dict[str, Metric] = {
@@ -35,3 +49,29 @@ def notes(seed: int) -> list[str]:
         f"Intervals: percentile bootstrap, {ITERATIONS} resamples with replacement, seed {seed}.",
         f"Log loss: natural logarithm, probabilities clipped at {LOG_LOSS_CLIP:.3g}.",
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Merit:
+    """How good scores are: metric -> "slide" or "patient" -> interval; model -> curve; remarks on both. Empty without labels."""
+
+    summary: dict[str, dict[str, Interval]]
+    curves: dict[str, RocCurve]
+    remarks: list[str]
+
+
+def measure(
+    records: Sequence[SlideRecord], scores: Sequence[float | None], *, positive: str, name: str, seed: int
+) -> Merit:
+    """Metrics of the model `name` over the slides that have a score; where labels or a class are missing, why there are none."""
+    known = [(record, score) for record, score in zip(records, scores) if score is not None]
+    cohort = Cohort(tuple(record for record, _ in known))
+    try:
+        if not any(record.label for record in records):
+            raise CohortError("no slide has a label (they are in the column `label` of a cohort CSV)")
+        check_two_classes(cohort, positive, where="what was predicted")
+    except CohortError as error:
+        return Merit({}, {}, [f"No metrics: {error}."])
+    label, score = cohort.labels(positive), np.asarray([score for _, score in known])
+    summary = evaluate(label, score, np.asarray([record.patient_id for record in cohort]), seed=seed)
+    return Merit(summary, {name: roc_curve(label, score)}, notes(seed))

@@ -59,7 +59,8 @@ def torch_task(task: str, batch: int) -> Callable[[], None]:
 
     # torchvision's wheel is built for CUDA; beside torch's CPU build its operators are absent, and only their names are needed.
     library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from torchvision.models import efficientnet_b1
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))

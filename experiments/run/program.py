@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -76,28 +77,49 @@ def start_devices(*, batch: int = 0) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Runs `main` under absl. Expected errors become one line and exit status 2; an interrupted run says how to go on."""
+def command(module: str, **values: object) -> None:
+    """Runs a program of ours as a user would, and prints its command. A value of None leaves its flag out.
 
-    def guarded(argv: list[str]) -> int:
+    Raises UsageError where it fails.
+    """
+    line = [
+        "-m",
+        f"experiments.{module}",
+        *(f"--{name}={value}" for name, value in values.items() if value is not None),
+    ]
+    print(f"$ python {' '.join(line)}", flush=True)
+    status = subprocess.run([sys.executable, *line]).returncode
+    if status:
+        raise UsageError(f"python {' '.join(line)} ended with status {status}: see what it printed above")
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs `main` under absl and exits with what `guarded` gives."""
+
+    def start(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
         logging.set_verbosity(logging.WARNING)
-        try:
-            return main() or 0
-        except (*EXPECTED, UsageError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except OSError as error:
-            if error.filename is None:
-                raise
-            print(f"error: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
-            return 2
-        except Interrupted as stopped:
-            print(stopped, file=sys.stderr)
-            return 130
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+        sys.exit(guarded(main))
 
-    app.run(lambda argv: sys.exit(guarded(argv)))
+    app.run(start)
+
+
+def guarded(main: Callable[[], int | None]) -> int:
+    """The exit status of `main`. Expected errors become one line and status 2; an interrupted run says how to go on."""
+    try:
+        return main() or 0
+    except (*EXPECTED, UsageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -41,7 +41,9 @@ class TileScorer:
             result = {"logit": out["logits"][:, 0]}
             if cam:
                 head = variables["params"]["classifier"]
-                result["cam"] = grad_cam(lambda maps: maps.mean((1, 2)) @ head["kernel"] + head["bias"], out["maps"])
+                result["cam"] = grad_cam(
+                    lambda maps: maps.mean((1, 2)) @ head["kernel"] + head["bias"][None], out["maps"]
+                )
             return result
 
         self._mesh = mesh

@@ -1,7 +1,8 @@
-"""The slides of a split with the tiles of all of them in one table; what could not be used is listed with its reason."""
+"""Which slides a program is given, and the tiles of many in one table; what could not be used is listed with its reason."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -11,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from data_pipelines.annotations import AnnotationError
-from data_pipelines.cohort import SlideRecord
+from data_pipelines.cohort import SlideRecord, read_cohort
 from data_pipelines.prepare import prepare_slide
 from data_pipelines.scan import ScanJob
 from data_pipelines.shelf import Shelf
-from data_pipelines.slides import RegionError, SlideError
+from data_pipelines.slides import RegionError, SlideError, find_slides
 from data_pipelines.tiles import Grid, Tiles
+from experiments.run.program import UsageError
 from experiments.run.progress import progress
 
 NO_TISSUE = "no tile with enough tissue (--min_tissue of the training) was found: look at the slide"
@@ -59,12 +61,13 @@ def prepare_slides(
     mpp_override: float | None,
     cache: pathlib.Path,
     annotated: Collection[str] = (),
-    min_annotated: float = 0.0,
+    min_annotated: float | None = None,
     threads: int = 2,
 ) -> SlideSet:
     """Opens every slide once and lays its tiles, which are kept in `cache` for the next start.
 
-    annotated: identifiers of the slides whose annotation is read; one needs a tile that is annotated beyond `min_annotated`.
+    annotated: identifiers of the slides whose annotation is read. min_annotated: each of them needs a tile that is annotated
+    beyond this share; None: none does.
     A slide that cannot be opened, has no tissue or a wrong annotation is listed in `failed`; the others go on.
     """
 
@@ -80,7 +83,8 @@ def prepare_slides(
         prepared.slide.close()
         if not len(prepared.tiles):
             return NO_TISSUE
-        if read and not (prepared.tiles.annotated > min_annotated).any():
+        needs = read and min_annotated is not None
+        if needs and not (prepared.tiles.annotated > min_annotated).any():
             return NOT_ANNOTATED
         cache.mkdir(parents=True, exist_ok=True)
         prepared.tiles.save(path)
@@ -99,3 +103,37 @@ def prepare_slides(
         )
     slide = np.repeat(np.arange(len(usable)), [len(tiles) for _, tiles in usable])
     return SlideSet(tuple(r for r, _ in usable), Tiles.concatenate([t for _, t in usable]), slide, failed)
+
+
+def slide_records(slides: str, split: str | None) -> tuple[SlideRecord, ...]:
+    """The slides that --slides names, with their labels where it is a cohort table."""
+    path = pathlib.Path(slides)
+    if path.suffix.lower() == ".csv":
+        cohort = read_cohort(path, require_files=False, require_labels=False)
+        records = cohort.split(split).records if split else cohort.records
+        if not records:
+            raise UsageError(
+                f"{path} has no slide in the split {split!r}: where training made the splits, they are in its --workdir, "
+                "in cohort.csv"
+            )
+        return records
+    if split:
+        raise UsageError("--split needs --slides to be a cohort CSV")
+    found = find_slides(path)
+    names = slide_names(found, path if path.is_dir() else path.parent)
+    return tuple(SlideRecord(name, file, None, name) for name, file in zip(names, found))
+
+
+def slide_names(found: Sequence[pathlib.Path], root: pathlib.Path) -> list[str]:
+    """A name for each slide below `root`, which its folder of results gets: that of the file, with the folders above it where two
+    would be the same (on any system: capitals do not tell them apart)."""
+    names = [path.stem if path.is_file() and path.stem.strip(".") else path.name for path in found]
+    times = collections.Counter(name.casefold() for name in names)
+    names = [
+        name if times[name.casefold()] == 1 else "__".join(path.relative_to(root).parts or (path.name,))
+        for name, path in zip(names, found)
+    ]
+    twice = [name for name, count in collections.Counter(map(str.casefold, names)).items() if count > 1]
+    if twice:
+        raise UsageError(f"{root}: two slides would be named {twice[0]}: name them in a cohort CSV (slide_id,path)")
+    return names

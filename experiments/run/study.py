@@ -25,12 +25,13 @@ from experiments.run.workdir import Workdir
 from srcc_jax.augment import AugmentConfig, augment
 from srcc_jax.checkpoints import Checkpoints
 from srcc_jax.losses import binary_cross_entropy
-from srcc_jax.methods.slide_classification import Config, candidate_rows, slide_loss, slide_scores
+from srcc_jax.methods.slide_classification import Config, candidate_rows, slide_loss, slide_scores, tile_loss
 from srcc_jax.metrics import roc_auc
 from srcc_jax.models.efficientnet import Architecture, build, normalize
 from srcc_jax.parallel import make_mesh, process_rows
 from srcc_jax.train import (
     FitResult,
+    Interrupted,
     Keep,
     StepFn,
     TrainState,
@@ -94,10 +95,18 @@ class Study:
         )
 
     def logits(
-        self, state: TrainState, slides: SlideSet, numbers: np.ndarray, what: str, *, allowed: np.ndarray | None = None
+        self,
+        state: TrainState,
+        slides: SlideSet,
+        numbers: np.ndarray,
+        what: str,
+        *,
+        allowed: np.ndarray | None = None,
+        interruptible: bool = False,
     ) -> np.ndarray:
         """float32 [N]: logits of the tiles of the slides `numbers` (of those that `allowed` admits), NaN elsewhere. The processes
-        of a run share the slides among them."""
+        of a run share the slides among them. interruptible: ends at once when the run is asked to stop, which loses nothing where
+        a round's choice and the checkpoints before it are on disk."""
         mine = numbers[jax.process_index() :: jax.process_count()]
         folded = self._scorer.fold({"params": state.params, **state.stats})
         shape = ScanShape.of(slides.tiles.grid)
@@ -107,6 +116,8 @@ class Study:
             for scored in self._scorer.score(folded, batches):
                 table[scored.row] = scored.logit
                 bar.update(len(scored.row))
+                if interruptible and self.stop() and jax.process_count() == 1:
+                    raise Interrupted(int(state.step), saved=True)
         if jax.process_count() > 1:
             table = np.fmax.reduce(multihost_utils.process_allgather(table))
         return table
@@ -116,8 +127,8 @@ class Study:
         chosen = np.isin(slides.slide, numbers)
         return int((chosen if allowed is None else chosen & allowed).sum())
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Loss and ROC AUC of the validation slides' scores (the largest logit of each)."""
+    def evaluate(self, state: TrainState, *, by_tiles: bool) -> dict[str, float]:
+        """The loss that selects (of tiles, or of the slides' scores), and the ROC AUC of the validation slides' scores."""
         slides = self.validation
         logits = self.logits(state, slides, np.arange(len(slides.records)), "validating")
         scores = slide_scores(logits, slides.slide, slides=len(slides.records))
@@ -127,7 +138,22 @@ class Study:
                 f"only {known.sum()} of {len(known)} validation slides could be read, of one class: is the disk there?"
             )
         label, scores = self.validation_labels[known], scores[known]
-        return {METRIC: slide_loss(scores, label), "validation_auc": float(roc_auc(label, probability(scores)))}
+        loss = self._tile_loss(logits) if by_tiles else slide_loss(scores, label)
+        return {METRIC: loss, "validation_auc": float(roc_auc(label, probability(scores)))}
+
+    def _tile_loss(self, logits: np.ndarray) -> float:
+        """Of the annotated tiles of the validation slides against all tiles of the negative ones."""
+        slides = self.validation
+        positive = slides.tiles.annotated > self.config.min_annotated
+        chosen = np.isfinite(logits) & (positive | (self.validation_labels[slides.slide] == 0))
+        return tile_loss(logits[chosen], positive[chosen].astype(int))
+
+    def selects_by_tiles(self, stage: str) -> bool:
+        """Whether a stage ("fs" or "ws") is selected by the loss of tiles. FS falls back to slides where no validation slide has
+        an annotated tile."""
+        if self.config.selection != "auto":
+            return self.config.selection == "tile"
+        return stage == "fs" and bool((self.validation.tiles.annotated > self.config.min_annotated).any())
 
     def steps(self, steps_per_epoch: float, *, frozen: int) -> Steps:
         """The compiled steps of a stage whose first `frozen` steps train the last layer alone."""
@@ -208,7 +234,7 @@ class Study:
             self.batches(rows, end=until),
             num_steps=until,
             mesh=self.mesh,
-            evaluate=self.evaluate,
+            evaluate=functools.partial(self.evaluate, by_tiles=self.selects_by_tiles(stage)),
             every=every,
             keep=self.keep,
             checkpoints=checkpoints,

@@ -78,7 +78,8 @@ def choose_tiles(study: Study, sampler: WeakSampler, number: int, state: TrainSt
     if not path.exists():
         allowed = np.zeros(len(study.train.tiles), bool)
         allowed[np.concatenate(study.candidates(supervised=False))] = True
-        logits = study.logits(state, study.train, slides, f"round {number}: selecting", allowed=allowed)
+        what = f"round {number}: selecting"
+        logits = study.logits(state, study.train, slides, what, allowed=allowed, interruptible=True)
         rows, valid = select_top_k(logits, study.train.slide, slides=len(study.labels), k=study.config.top_k)
         chosen = {int(slide): np.asarray(rows[slide])[np.asarray(valid[slide])] for slide in slides}
         if jax.process_index() == 0:

@@ -163,13 +163,13 @@ def _phase(dy, kernel, size: tuple[int, int], stride: int, offset: tuple[int, in
         for start, length in zip(offset, kernel.shape[:2])
     )
     shifts = [shift for _, shift in rows + columns]
-    before, after = max(0, -min(shifts, default=0)), max(0, max(shifts, default=0))
-    after = [max(0, after + length - have) for length, have in zip(size, dy.shape[1:3])]
-    around = jnp.pad(dy, ((0, 0), (before, after[0]), (before, after[1]), (0, 0)))
+    before, furthest = max(0, -min(shifts, default=0)), max(0, max(shifts, default=0))
+    below, right_of = (max(0, furthest + length - have) for length, have in zip(size, dy.shape[1:3]))
+    around = jnp.pad(dy, ((0, 0), (before, below), (before, right_of), (0, 0)))
     total = jnp.zeros((dy.shape[0], *size, dy.shape[3]), dy.dtype)
     for (i, down), (j, right) in itertools.product(rows, columns):
         top, left = before + down, before + right
-        total = total + around[:, top : top + size[0], left : left + size[1]] * kernel[i, j]
+        total = total + around[:, top : top + size[0], left : left + size[1]] * kernel[None, i, None, j]
     return total
 
 

@@ -61,6 +61,12 @@ class Config:
     adam_b2: float = setting(0.999, "Adam's β2 (§3.2)", least=0, below=1)
     adam_epsilon: float = setting(1e-7, "Adam's ε (the Keras default; the paper gives none)", above=0)
     frozen_epochs: int = setting(1, "epochs at the start in which only the last layer is trained (§2.3)", least=0)
+    selection: str = setting(
+        "auto",
+        "the validation loss that selects: tile: of annotated tiles against all tiles of negative slides, each class counting half; "
+        "slide: of the largest logit of each slide; auto: tile for FS, slide for WS (ours; the paper does not say)",
+        choices=("auto", "tile", "slide"),
+    )
     patience: int = setting(10, "stop after this many validations without a lower loss (§3.2)", least=1)
     max_epochs: int = setting(
         100, "stop after this many epochs at the latest (ours; the paper stops by patience alone)", least=1
@@ -279,10 +285,17 @@ def slide_scores(probability: np.ndarray, slide: np.ndarray, *, slides: int) -> 
     return scores
 
 
+def tile_loss(logit: np.ndarray, label: np.ndarray) -> float:
+    """Binary cross-entropy of tiles, the mean of both classes' means: logit float [N], label int [N] of 0 and 1."""
+    logit = np.asarray(logit, np.float64)
+    each = np.logaddexp(0, logit) - label * logit
+    return float((each[label == 1].mean() + each[label == 0].mean()) / 2)
+
+
 def slide_loss(logit: np.ndarray, label: np.ndarray) -> float:
     """Mean binary cross-entropy of slides: logit float [S], the largest of each slide's tiles; label int [S] of 0 and 1.
 
-    The loss that every mode is selected by, so that runs are comparable; the paper does not say on what its own is computed.
+    A fully supervised model is poorly selected by it: its largest logits are false positives, and it would be lowest before it learns.
     """
     logit = np.asarray(logit, np.float64)
     return float(np.mean(np.logaddexp(0, logit) - label * logit))
