@@ -23,11 +23,15 @@ TORCH_MALLOC = {
 }
 
 
+# Both sides get what `make` gives every program: memory in large pages, which both gain by.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
 class Peer:
     """A child process that runs one task of one framework whenever `seconds` is called."""
 
     def __init__(self, framework: str, task: str, batch: int):
-        environment = {**os.environ, **(TORCH_MALLOC if framework == "torch" else {})}
+        environment = {**os.environ, **HUGE_PAGES, **(TORCH_MALLOC if framework == "torch" else {})}
         line = [sys.executable, "-m", "experiments.run.peers", framework, task, str(batch)]
         self._process = subprocess.Popen(
             line, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -90,12 +94,14 @@ def jax_task(task: str, batch: int) -> Callable[[], None]:
     import jax
     import optax
 
+    from experiments.run.program import prefer_wide_vectors
     from srcc_jax import parallel
     from srcc_jax.losses import binary_cross_entropy
     from srcc_jax.models.efficientnet import architecture, build, init, normalize
     from srcc_jax.models.layers import fold_batch_norm
     from srcc_jax.train import init_state, make_train_step
 
+    prefer_wide_vectors()
     parallel.set_cpu_devices(len(os.sched_getaffinity(0)))
     mesh, net = parallel.make_mesh(), architecture("b1", source="torchvision", classes=1)
     variables = init(net, jax.random.key(0))

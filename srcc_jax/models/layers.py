@@ -230,10 +230,13 @@ def fold_batch_norm(variables: Mapping[str, Any], *, epsilon: float) -> dict[str
 
 
 def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and biased variance [C] over all axes but the last."""
+    """Mean and biased variance [C] over all axes but the last.
+
+    The variance has no gradient through its mean (deviations sum to 0), so none is computed.
+    """
     axes = tuple(range(x.ndim - 1))
     mean = x.mean(axes, dtype=jnp.float32)
-    return mean, jnp.square(x - _per_channel(mean)).mean(axes)
+    return mean, jnp.square(x - _per_channel(lax.stop_gradient(mean))).mean(axes)
 
 
 def _per_channel(values: jax.Array) -> jax.Array:
