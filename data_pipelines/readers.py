@@ -3,6 +3,7 @@
 A reader serves one thread at a time and is thrown away after an error (OpenSlide's error state never clears).
 """
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +25,8 @@ except ImportError:  # no build for macOS and Windows
     CuImage = None
 
 _OPENSLIDE_CACHE = 4 << 20  # bytes of each reader: many slides are open at once, and regions overlap little
+# cuCIM loads its plugin with the first slide: two first slides at once crashed 3 of 94 processes.
+_CUCIM_OPENS = threading.Lock()
 _PLAIN_FORMATS = ("PNG", "JPEG", "BMP")
 # Codecs that OpenSlide refuses or does not check; tifffile raises on a damaged LZW tile and is as fast as cuCIM there.
 _TIFFFILE_FIRST = {RAW, LZW, *JPEG2000, *ZSTD, *WEBP} - {APERIO_YCBCR, APERIO_RGB}
@@ -83,7 +86,8 @@ class CucimReader:
         if not cucim_reads(layout):
             raise SlideError(f"{path}: cuCIM is not safe with this kind of TIFF")
         try:
-            self._image, self._tiff = CuImage(str(path)), layout.levels
+            with _CUCIM_OPENS:
+                self._image, self._tiff = CuImage(str(path)), layout.levels
         except (RuntimeError, ValueError) as error:
             raise SlideError(f"{path}: cuCIM: {error}") from error
         seen = [tuple(size) for size in self._image.resolutions["level_dimensions"]]

@@ -2,11 +2,13 @@
 
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from data_pipelines import readers
 from data_pipelines import shelf as shelf_module
 from data_pipelines.cohort import SlideRecord
 from data_pipelines.shelf import Shelf
@@ -145,6 +147,37 @@ def test_slides_are_opened_side_by_side_but_each_once(opener, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(borrow, ["s0", "s0", "s1", "s1"]))
     assert sorted(opened) == ["s0", "s1"] and found[0] is found[1] and found[2] is found[3]
+
+
+@pytest.mark.skipif(readers.CuImage is None, reason="cuCIM is not installed")
+def test_cucim_never_opens_two_slides_at_once(tmp_path, monkeypatch):
+    """Two threads that open the first two slides of a process made cuCIM crash it."""
+    opening, most, real = [], [], readers.CuImage
+
+    def watched(path):
+        opening.append(path)
+        most.append(len(opening))
+        time.sleep(0.02)
+        image = real(path)
+        opening.remove(path)
+        return image
+
+    monkeypatch.setattr(readers, "CuImage", watched)
+    rows = []
+    for n in range(4):
+        path = write_tiff(tmp_path / f"{n}.tiff", picture(96, 64), compression="jpeg")
+        rows.append(SlideRecord(f"s{n}", path, None, f"s{n}"))
+    shelf, both = Shelf(rows), threading.Barrier(4)
+
+    def borrow(row):
+        both.wait()
+        with shelf.lend(row.slide_id) as slide:
+            return slide.backend
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(borrow, rows)) == ["cucim"] * 4
+    assert len(most) >= 4 and max(most) == 1
+    shelf.close()
 
 
 def test_real_slides_keep_their_table_and_override_scales(tmp_path):

@@ -22,11 +22,15 @@ from srcc_jax.metrics import roc_auc
 from tests import programs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-STEPS = 36  # of each stage: 6 epochs of 3 positive and 3 negative slides, 16 tiles of each, 16 in a batch
+STEPS, EPOCH, ROUNDS = (
+    72,
+    12,
+    18,
+)  # of each stage: 6 epochs of 3 positive and 3 negative slides, 32 tiles of each, 16 in a batch
 # FS and WS have equal numbers, so that both compile to the same step and the second finds it in the cache.
 SETTINGS = {
-    "mode": "fs_ws", "backbone": "tiny", "mpp": 1.0, "tile": 32, "stride": 32, "tiles_per_slide": 16, "top_k": 16,
-    "buffer": 32, "batch": 16, "learning_rate": 3e-3, "frozen_epochs": 0, "bn_momentum": 0.9, "max_epochs": 6,
+    "mode": "fs_ws", "backbone": "tiny", "mpp": 1.0, "tile": 32, "stride": 32, "tiles_per_slide": 32, "top_k": 32,
+    "buffer": 64, "batch": 16, "learning_rate": 3e-3, "frozen_epochs": 0, "bn_momentum": 0.9, "max_epochs": 6,
 }  # fmt: skip
 
 
@@ -93,7 +97,7 @@ def test_a_run_leaves_a_finished_model_and_its_history(whole):
     for stage in ("fs", "ws"):
         rows = Workdir(workdir).history(stage)
         assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-        assert [row["step"] for row in rows if "validation_loss" in row] == list(range(6, STEPS + 1, 6))
+        assert [row["step"] for row in rows if "validation_loss" in row] == list(range(EPOCH, STEPS + 1, EPOCH))
     best = min((row["validation_loss"], row["step"]) for row in rows if "validation_loss" in row)
     assert (card["about"]["validation_loss"], card["about"]["step"]) == best
 
@@ -107,7 +111,7 @@ def test_rounds_run_on_steps_that_are_compiled_once(whole):
 def test_rounds_choose_annotated_tiles_of_positives(whole, runs):
     workdir, _, _ = whole
     files = sorted((workdir / "ws" / "rounds").iterdir())
-    assert len(files) == 18
+    assert len(files) == ROUNDS
     annotated = {path.stem: Tiles.load(path) for path in (workdir / "tiles").glob("train_*.npz")}
     for file in files:
         with open(file, newline="") as table:
@@ -119,35 +123,34 @@ def test_rounds_choose_annotated_tiles_of_positives(whole, runs):
             here = (tiles.x == float(row["x"])) & (tiles.y == float(row["y"]))
             assert here.sum() == 1 and row["label"] == str(int("srcc" in row["slide_id"]))
             assert row["label"] == "0" or tiles.annotated[here] > 0
-        assert {label for slide in by_slide for label in [slide.split("_")[1]]} == {"srcc", "normal"}
-        assert all(len(p) <= 16 and p == sorted(p, reverse=True) for p in by_slide.values())
+        assert {slide.split("_")[1] for slide in by_slide} == {"srcc", "normal"}
+        assert all(len(p) <= 32 and p == sorted(p, reverse=True) for p in by_slide.values())
 
 
 def test_a_run_killed_three_times_ends_bit_for_bit_as_one_that_was_not(whole, runs):
     """SIGKILL at a random moment of FS and of WS, SIGTERM later in WS; each time the same command goes on."""
     workdir = runs.folder / "killed"
-    lines, number = random.randint(8, 38), random.randint(1, 5)
-    steps = 6 * (number // 3) + random.randint(8, 16)
-    moments = f"killed at line {lines} of fs, at round {number} of ws, terminated at line {steps} of ws"
+    lines, number, more = random.randint(8, 70), random.randint(1, 5), random.randint(8, 40)
+    moments = f"killed after {lines} lines of fs, in round {number} of ws, terminated {more} lines later"
 
     status, _, err = runs.train_until("killed", lambda: logged(workdir, "fs") >= lines, signal.SIGKILL)
-    assert status == -signal.SIGKILL and not (workdir / "ws").exists(), f"{moments}: {err[-2000:]}"
+    assert status == -signal.SIGKILL and not (workdir / "ws").exists(), f"{moments}: {err[:3000]}"
     round_file = workdir / "ws" / "rounds" / f"{number:05d}.csv"
     status, _, err = runs.train_until("killed", round_file.exists, signal.SIGKILL)
-    assert status == -signal.SIGKILL and not (workdir / "model.json").exists(), f"{moments}: {err[-2000:]}"
+    assert status == -signal.SIGKILL and not (workdir / "model.json").exists(), f"{moments}: {err[:3000]}"
     before = logged(workdir, "ws")
-    status, _, err = runs.train_until("killed", lambda: logged(workdir, "ws") >= before + steps, signal.SIGTERM)
-    assert status == 130 and not (workdir / "model.json").exists(), f"{moments}: {err[-2000:]}"
+    status, _, err = runs.train_until("killed", lambda: logged(workdir, "ws") >= before + more, signal.SIGTERM)
+    assert status == 130 and not (workdir / "model.json").exists(), f"{moments}: {err[:3000]}"
     assert "SIGTERM: finishing this step, then saving a checkpoint" in err
     assert "the checkpoint is written: the same command continues" in err and "Traceback" not in err
 
     process = runs.start("slide_classification", **runs.training("killed"))
     _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, f"{moments}: {err[-2000:]}"
+    assert process.returncode == 0, f"{moments}: {err[:3000]}"
     for stage in ("fs", "ws"):
         histories = [Workdir(folder).history(stage) for folder in (workdir, whole[0])]
         assert without_time(histories[0]) == without_time(histories[1]), moments
-    for file in ("weights.npz", *(f"ws/rounds/{n:05d}.csv" for n in range(18))):
+    for file in ("weights.npz", *(f"ws/rounds/{n:05d}.csv" for n in range(ROUNDS))):
         assert (workdir / file).read_bytes() == (whole[0] / file).read_bytes(), f"{moments}: {file} differs"
 
 
@@ -164,7 +167,7 @@ def test_the_same_command_after_the_end_trains_nothing_more(whole, runs, tmp_pat
     assert outcome.status == 0, outcome.err
     for file in ("weights.npz", "metrics.jsonl"):
         assert (copy / file).read_bytes() == (whole[0] / file).read_bytes()
-    assert len(list((copy / "ws" / "rounds").iterdir())) == 18
+    assert len(list((copy / "ws" / "rounds").iterdir())) == ROUNDS
 
 
 def test_another_configuration_is_refused_in_one_line(whole, runs, tmp_path):
@@ -206,14 +209,14 @@ def test_the_trained_model_beats_chance(predicted, whole, runs):
     """By slide, and by tile: annotated tiles of positive slides against all tiles of negative ones."""
     folder, _, _, _ = predicted
     auc = json.loads((folder / "summary.json").read_text())["slide_auc"]
-    assert auc["value"] >= auc["low"] > 0.5
+    assert auc["value"] > 0.75
     label, score = [], []
     for record in read_cohort(runs.cohort).split("train"):
         with open(folder / "slides" / record.slide_id / "tiles.csv", newline="") as file:
             probability = np.array([float(row["probability"]) for row in csv.DictReader(file)])
         positive = record.label == "srcc"
         tiles = Tiles.load(whole[0] / "tiles" / f"{record.slide_id}.npz")
-        used = tiles.annotated > 0.5 if positive else np.ones(len(tiles), bool)
+        used = tiles.annotated > 0.1 if positive else np.ones(len(tiles), bool)
         label.append(np.full(used.sum(), int(positive)))
         score.append(probability[used])
     assert roc_auc(np.concatenate(label), np.concatenate(score)) > 0.7
@@ -221,5 +224,7 @@ def test_the_trained_model_beats_chance(predicted, whole, runs):
 
 def test_prediction_ends_with_0_where_every_slide_is_done(whole, runs, tmp_path):
     with programs.imported("predict_slides") as module:
-        outcome = programs.start(module, workdir=whole[0], slides=runs.cohort, split="test", out=tmp_path)
+        outcome = programs.start(
+            module, workdir=whole[0], slides=runs.cohort, split="test", out=tmp_path, gradcam="false"
+        )
     assert outcome.status == 0 and outcome.err == "" and "2 of 2 slides done" in outcome.out
