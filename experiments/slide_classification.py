@@ -68,6 +68,10 @@ def start(config: Config) -> Mesh:
     """Joins the other processes, and gives the devices of all of them. Raises UsageError where a batch does not fit them."""
     if config.batch % _PROCESSES.value:
         raise UsageError(f"--batch={config.batch} must be a multiple of --processes={_PROCESSES.value}")
+    if _PROCESSES.value > 1 and not (_COORDINATOR.value and _PROCESS.value < _PROCESSES.value):
+        raise UsageError(
+            f"--processes={_PROCESSES.value} needs --coordinator=<host:port of process 0> and a --process below it"
+        )
     start_devices(batch=config.batch // _PROCESSES.value)
     if _PROCESSES.value > 1:
         start_distributed(_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value)

@@ -57,6 +57,8 @@ def test_a_batch_that_no_number_of_devices_divides_is_refused_with_the_cure(trai
     assert "--batch=30 cannot be split evenly over 4 devices: give --batch=32" in message
     message = one_line(train(training, cohort(), tmp_path, batch=9, buffer=9, processes=2))
     assert "--batch=9 must be a multiple of --processes=2" in message
+    message = one_line(train(training, cohort(), tmp_path, processes=2))
+    assert "--processes=2 needs --coordinator=<host:port of process 0>" in message
     assert not (tmp_path / "run").exists()
 
 

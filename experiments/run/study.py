@@ -14,6 +14,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from data_pipelines.cohort import CohortError
 from data_pipelines.scan import ScanShape, prefetch, scan
 from data_pipelines.shelf import Shelf
 from data_pipelines.slides import SlideError
@@ -150,10 +151,14 @@ class Study:
 
     def selects_by_tiles(self, stage: str) -> bool:
         """Whether a stage ("fs" or "ws") is selected by the loss of tiles. FS falls back to slides where no validation slide has
-        an annotated tile."""
-        if self.config.selection != "auto":
-            return self.config.selection == "tile"
-        return stage == "fs" and bool((self.validation.tiles.annotated > self.config.min_annotated).any())
+        an annotated tile; where tiles are asked for, that is a CohortError."""
+        annotated = bool((self.validation.tiles.annotated > self.config.min_annotated).any())
+        if self.config.selection == "tile" and not annotated:
+            raise CohortError(
+                "--selection=tile: no tile of the validation split is annotated. Fill the column `annotation` of its positive "
+                "slides, or give --selection=slide"
+            )
+        return self.config.selection == "tile" or (self.config.selection == "auto" and stage == "fs" and annotated)
 
     def steps(self, steps_per_epoch: float, *, frozen: int) -> Steps:
         """The compiled steps of a stage whose first `frozen` steps train the last layer alone."""
