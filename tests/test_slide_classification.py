@@ -93,6 +93,27 @@ def test_weak_rounds_fill_the_buffer_and_cross_epochs():
     np.testing.assert_array_equal(both, np.concatenate(epochs))
 
 
+def test_rounds_end_with_the_last_epoch_and_are_validated_where_one_ends():
+    sampler = sc.WeakSampler(config(max_epochs=5), np.array([1, 0, 0, 0]))  # 30 draws, 8 a round
+    assert sampler.rounds == 4
+    assert [sampler.finished(number) for number in range(5)] == [False, False, False, True, True]
+    long = sc.WeakSampler(config(max_epochs=4), np.array([1] + [0] * 9))  # 18 draws an epoch: 72, that is 9 rounds
+    assert long.rounds == 9
+    assert [number for number in range(9) if long.ends_epoch(number)] == [2, 4, 6, 8]
+
+
+def test_candidates_are_those_of_a_loop_over_slides():
+    rng = np.random.default_rng(0)
+    labels, slide = np.array([1, 0, 1, 0, 0]), np.sort(rng.integers(0, 4, 60))  # the last slide has no tile
+    annotated = rng.uniform(0, 1, 60) * (rng.uniform(0, 1, 60) < 0.5)
+    settings = config(min_annotated=0.3)
+    found = sc.candidate_rows(settings, supervised=True, labels=labels, slide=slide, annotated=annotated)
+    for number, rows in enumerate(found):
+        wanted = [n for n in range(60) if slide[n] == number and (labels[number] == 0 or annotated[n] > 0.3)]
+        assert rows.tolist() == wanted
+    assert len(found) == 5 and len(found[4]) == 0
+
+
 def test_weak_batches_hold_what_was_chosen_with_the_slides_label():
     labels = np.array([1, 0, 0])
     sampler = sc.WeakSampler(config(top_k=2, buffer=8, batch=4), labels)

@@ -99,8 +99,12 @@ def test_the_last_layer_trains_first_and_adam_begins_anew_when_the_rest_is_thawe
 
 @pytest.mark.parametrize(
     "selection, annotated, chosen",
-    [("auto", True, {"fs": True, "ws": False}), ("auto", False, {"fs": False, "ws": False})]
-    + [("tile", True, {"fs": True, "ws": True}), ("slide", True, {"fs": False, "ws": False})],
+    [
+        ("auto", True, {"fs": True, "ws": False}),
+        ("auto", False, {"fs": False, "ws": False}),
+        ("tile", True, {"fs": True, "ws": True}),
+        ("slide", True, {"fs": False, "ws": False}),
+    ],
 )
 def test_what_a_stage_is_selected_by(tmp_path, selection, annotated, chosen):
     study = bare_study(tmp_path, annotated={"a"} if annotated else set())
