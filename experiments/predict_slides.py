@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 from absl import flags
 
 from data_pipelines.annotations import AnnotationError
@@ -34,7 +35,7 @@ from experiments.run.progress import progress
 from experiments.run.scoring import TileScorer
 from experiments.run.slide_outputs import PICTURES, SlideCollector, SlideResult
 from experiments.run.slides import NO_TISSUE, slide_records
-from experiments.run.workdir import versions
+from experiments.run.workdir import Workdir, versions
 from srcc_jax.parallel import make_mesh
 from srcc_jax.report import Report, SlideRow, render
 
@@ -133,6 +134,19 @@ class Prediction:
             write_table(self._out / "slides.csv", {name: [getattr(row, name) for row in rows] for name in names})
 
 
+def training_curves(workdir: Workdir) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Training and validation loss of each stage over its steps, as far as the work directory has a log of them."""
+    curves = {}
+    for stage in ("fs", "ws"):
+        rows = workdir.history(stage)
+        for key, name in (("loss", "training"), ("validation_loss", "validation")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                steps, values = zip(*points)
+                curves[f"{stage.upper()} {name}"] = (np.asarray(steps), np.asarray(values))
+    return curves
+
+
 def write_report(
     model: Model,
     grid: Grid,
@@ -164,6 +178,7 @@ def write_report(
         warnings=[f"{row.slide_id}: {row.reason}" for row in results if row.reason],
         roc=merit.curves,
         slides=slides,
+        training=training_curves(Workdir(pathlib.Path(_WORKDIR.value))),
         configuration={**model.about["settings"], **speed},
         versions=versions(),
     )
