@@ -1,4 +1,4 @@
-"""Results to files, and nothing else writes files: each appears whole under its name or not at all."""
+"""Results to files: each appears whole under its name or not at all (see `files`)."""
 
 import csv
 import dataclasses

@@ -50,7 +50,7 @@ MAIN = ("FS x10", "WS x10")
 FS = {"mode": "fs", "tiles_per_slide": 16, "max_epochs": 10}
 WS = {"mode": "ws", "top_k": 8, "buffer": 128, "max_epochs": 12}
 # A patch is 224 px of level 0: a tile at x10 is annotated where at least half of it is tumour, one at x5 where a quarter is.
-# Tiles of 112 px and short schedules, so that a study takes about an hour on two cores; all else is the paper's.
+# Tiles of 112 px and short schedules, so that a study takes about two hours on two cores; all else is the paper's.
 SHARED = {
     "tile": 112,
     "stride": 56,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -78,11 +78,20 @@ class TileScorer:
                 break
         self.seconds += time.perf_counter() - began
 
-    def logits(self, folded: Mapping[str, Any], batches: Iterable[ScanBatch], *, rows: int) -> np.ndarray:
-        """float32 [rows]: logit of each row of the table, NaN where it was not scanned or not readable."""
+    def logits(
+        self,
+        folded: Mapping[str, Any],
+        batches: Iterable[ScanBatch],
+        *,
+        rows: int,
+        scored_tiles: Callable[[int], object] = lambda count: None,
+    ) -> np.ndarray:
+        """float32 [rows]: logit of each row of the table, NaN where it was not scanned or not readable. scored_tiles: told after
+        each batch how many tiles it held."""
         table = np.full(rows, np.nan, np.float32)
         for scored in self.score(folded, batches):
             table[scored.row] = scored.logit
+            scored_tiles(len(scored.row))
         return table
 
     def _fetch(self, batch: ScanBatch, outputs: Mapping[str, jax.Array]) -> Scored:

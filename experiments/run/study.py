@@ -111,14 +111,15 @@ class Study:
         mine = numbers[jax.process_index() :: jax.process_count()]
         folded = self._scorer.fold({"params": state.params, **state.stats})
         shape = ScanShape.of(slides.tiles.grid)
-        table = np.full(len(slides.tiles), np.nan, np.float32)
         batches = prefetch(scan(slides.jobs(self.shelf, mine, allowed=allowed), shape, threads=self.threads))
         with progress(self._count(slides, mine, allowed), what) as bar:
-            for scored in self._scorer.score(folded, batches):
-                table[scored.row] = scored.logit
-                bar.update(len(scored.row))
+
+            def scored_tiles(count: int) -> None:
+                bar.update(count)
                 if interruptible and self.stop() and jax.process_count() == 1:
                     raise Interrupted(int(state.step), saved=True)
+
+            table = self._scorer.logits(folded, batches, rows=len(slides.tiles), scored_tiles=scored_tiles)
         if jax.process_count() > 1:
             table = np.fmax.reduce(multihost_utils.process_allgather(table))
         return table
