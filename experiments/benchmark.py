@@ -36,7 +36,7 @@ from experiments.run.program import UsageError, run, start_devices
 from experiments.run.scoring import TileScorer
 from experiments.run.slide_outputs import SlideCollector
 from experiments.run.workdir import versions
-from srcc_jax.models.efficientnet import architecture, init
+from srcc_jax.models.zoo import architecture, init
 from srcc_jax.parallel import make_mesh
 from srcc_jax.report import markdown_table
 

@@ -34,7 +34,8 @@ from experiments.run.training import Study, train_supervised, train_weakly
 from experiments.run.workdir import Workdir, WorkdirError, file_hash, versions
 from srcc_jax.methods.slide_classification import Config
 from srcc_jax.models import pretrained
-from srcc_jax.models.efficientnet import SOURCES, Architecture, architecture, init
+from srcc_jax.models.architecture import Architecture
+from srcc_jax.models.zoo import SOURCES, architecture, init
 from srcc_jax.parallel import make_mesh, start_distributed
 
 define_flags(Config)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from srcc_jax.models import efficientnet, layers, pretrained
+from srcc_jax.models.architecture import normalize
 from tests import golden
 
 # Golden file, variant, source, tolerance (ReLU6 lets rounding through).
@@ -298,19 +299,19 @@ def test_init_draws_from_the_distributions_of_the_modules():
 def test_normalize():
     arch = efficientnet.architecture("lite1", source="lukemelas", classes=1)
     pixels = np.asarray([0, 127, 255], np.uint8).reshape(1, 1, 1, 3)
-    np.testing.assert_allclose(efficientnet.normalize(pixels, arch).reshape(3), [-127 / 128, 0, 1])
+    np.testing.assert_allclose(normalize(pixels, arch).reshape(3), [-127 / 128, 0, 1])
     keras = efficientnet.architecture("b1", source="keras", classes=1)
     white = np.full((1, 1, 1, 3), 255, np.uint8)
     expected = (1 - np.asarray([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
-    np.testing.assert_allclose(efficientnet.normalize(white, keras).reshape(3), expected, rtol=1e-6)
+    np.testing.assert_allclose(normalize(white, keras).reshape(3), expected, rtol=1e-6)
 
 
 def test_architecture_travels_as_json():
     arch = efficientnet.architecture("lite2", source="timm_tf", classes=7, dropout=0.1, dtype="bfloat16")
     text = json.dumps(arch.as_dict())
-    assert efficientnet.Architecture.from_dict(json.loads(text)) == arch
+    assert efficientnet.EfficientNetArchitecture.from_dict(json.loads(text)) == arch
     with pytest.raises(ValueError, match="bn_epsilon"):
-        efficientnet.Architecture.from_dict({k: v for k, v in arch.as_dict().items() if k != "bn_epsilon"})
+        efficientnet.EfficientNetArchitecture.from_dict({k: v for k, v in arch.as_dict().items() if k != "bn_epsilon"})
 
 
 @pytest.mark.parametrize("name, source, named", [("b8", "keras", "b7"), ("b1", "jax", "torchvision")])

@@ -8,6 +8,7 @@ import pytest
 
 from data_pipelines.weights import read_weights
 from srcc_jax.models import efficientnet, layers, pretrained
+from srcc_jax.models.architecture import IMAGENET_MEAN, IMAGENET_STD, normalize
 from srcc_jax.models.efficientnet_names import NAMINGS
 from tests import golden
 
@@ -173,8 +174,8 @@ def test_normalization_layer_of_keras_becomes_mean_and_std(variables, power):
     layer = {"normalization/mean": np.float32([0.485, 0.456, 0.406]), "normalization/variance": std**power}
     file = pretrained.export(variables, small("keras"), "keras") | layer | {"normalization/count": np.int64(0)}
     arch = pretrained.source_conventions(file, "tiny")
-    np.testing.assert_allclose(arch.mean, efficientnet.IMAGENET_MEAN, rtol=1e-6)
-    np.testing.assert_allclose(arch.std, efficientnet.IMAGENET_STD, rtol=1e-6)
+    np.testing.assert_allclose(arch.mean, IMAGENET_MEAN, rtol=1e-6)
+    np.testing.assert_allclose(arch.std, IMAGENET_STD, rtol=1e-6)
     pretrained.load(file, small("keras"), variables, replace_head=False)
     with pytest.raises(pretrained.PretrainedError, match="Normalization layer has mean"):
         pretrained.load(file, small("keras", mean=(0.0, 0.0, 0.0)), variables, replace_head=False)
@@ -198,7 +199,7 @@ def test_lite1_recognises_real_images(shared_data):
 
     @jax.jit
     def logits(variables, pixels):
-        return efficientnet.build(arch).apply(variables, efficientnet.normalize(pixels, arch), train=False)["logits"]
+        return efficientnet.build(arch).apply(variables, normalize(pixels, arch), train=False)["logits"]
 
     ours = np.concatenate([logits(variables, pixels[i : i + 5]) for i in range(0, 20, 5)])
     assert (ours.argmax(1) == truth).sum() == 18

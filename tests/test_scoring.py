@@ -9,7 +9,8 @@ import pytest
 from data_pipelines.scan import ScanBatch
 from experiments.run.scoring import TileScorer, probability
 from srcc_jax.kernels.top_k import select_top_k
-from srcc_jax.models.efficientnet import architecture, build, init, normalize
+from srcc_jax.models.architecture import normalize
+from srcc_jax.models.zoo import architecture, build, init
 from srcc_jax.parallel import make_mesh
 
 TILE, SIDE, WINDOWS, ROWS = 32, 56, 6, 16

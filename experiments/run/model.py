@@ -17,7 +17,8 @@ from data_pipelines.files import atomic_write
 from data_pipelines.tiles import Grid
 from data_pipelines.weights import WeightsError, read_weights
 from experiments.run.workdir import WorkdirError
-from srcc_jax.models.efficientnet import Architecture, build
+from srcc_jax.models import zoo
+from srcc_jax.models.architecture import Architecture
 from srcc_jax.models.layers import variable_shapes
 
 _WEIGHTS, _CARD = "weights.npz", "model.json"
@@ -64,7 +65,7 @@ class Model:
             raise WorkdirError(f"{folder / _CARD} is not JSON ({error}): train again, or restore the file") from error
         try:
             flat = read_weights(folder / _WEIGHTS)
-            architecture, grid = Architecture.from_dict(card["architecture"]), Grid(**card["grid"])
+            architecture, grid = zoo.from_dict(card["architecture"]), Grid(**card["grid"])
             _check_shapes(flat, architecture)
             variables = flax.traverse_util.unflatten_dict(flat, sep="/")
             return cls(architecture, variables, grid, card["min_tissue"], card["positive"], card["about"])
@@ -76,7 +77,7 @@ def _check_shapes(flat: Mapping[str, np.ndarray], architecture: Architecture) ->
     """Raises ValueError where the weights are not those of the network."""
     wanted = {
         name: leaf.shape
-        for name, leaf in flax.traverse_util.flatten_dict(variable_shapes(build(architecture)), sep="/").items()
+        for name, leaf in flax.traverse_util.flatten_dict(variable_shapes(zoo.build(architecture)), sep="/").items()
     }
     found = {name: value.shape for name, value in flat.items()}
     wrong = [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]

@@ -97,8 +97,9 @@ def jax_task(task: str, batch: int) -> Callable[[], None]:
     from experiments.run.program import prefer_wide_vectors
     from srcc_jax import parallel
     from srcc_jax.losses import binary_cross_entropy
-    from srcc_jax.models.efficientnet import architecture, build, init, normalize
+    from srcc_jax.models.architecture import normalize
     from srcc_jax.models.layers import fold_batch_norm
+    from srcc_jax.models.zoo import architecture, build, init
     from srcc_jax.train import init_state, make_train_step
 
     prefer_wide_vectors()
@@ -127,7 +128,8 @@ def _jax_inference(net, folded, image: np.ndarray, mesh) -> Callable[[], None]:
 
     from srcc_jax import parallel
     from srcc_jax.kernels.windows import make_window_fn
-    from srcc_jax.models.efficientnet import build, normalize
+    from srcc_jax.models.architecture import normalize
+    from srcc_jax.models.zoo import build
 
     network: Any = build(net, folded=True)
     outputs = make_window_fn(

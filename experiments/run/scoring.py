@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from data_pipelines.scan import ScanBatch
 from srcc_jax.kernels.grad_cam import grad_cam
 from srcc_jax.kernels.windows import make_window_fn
-from srcc_jax.models.efficientnet import Architecture, build, normalize
+from srcc_jax.models.architecture import Architecture, normalize
 from srcc_jax.models.layers import fold_batch_norm
+from srcc_jax.models.zoo import build
 from srcc_jax.parallel import replicate
 
 

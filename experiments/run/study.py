@@ -28,7 +28,8 @@ from srcc_jax.checkpoints import Checkpoints
 from srcc_jax.losses import binary_cross_entropy
 from srcc_jax.methods.slide_classification import Config, candidate_rows, slide_loss, slide_scores, tile_loss
 from srcc_jax.metrics import roc_auc
-from srcc_jax.models.efficientnet import Architecture, build, normalize
+from srcc_jax.models.architecture import Architecture, normalize
+from srcc_jax.models.zoo import build
 from srcc_jax.parallel import make_mesh, process_rows
 from srcc_jax.train import (
     FitResult,

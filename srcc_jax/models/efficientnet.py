@@ -5,28 +5,23 @@ import functools
 import math
 import string
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from srcc_jax.kernels.convolution import silu
-from srcc_jax.models.layers import Conventions, ConvNorm, DropPath, SqueezeExcite, init_variables
+from srcc_jax.models.architecture import TORCH, Architecture
+from srcc_jax.models.layers import ConvNorm, DropPath, SqueezeExcite, init_variables
 
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_STD = (58.395, 57.12, 57.375)
-
-_TORCH = Conventions(
-    padding="symmetric", bn_epsilon=1e-5, bn_momentum=0.9, bn_unbiased=True, mean=IMAGENET_MEAN, std=IMAGENET_STD
-)
-_TORCH_AS_TF = dataclasses.replace(_TORCH, padding="same", bn_epsilon=1e-3)
+_TORCH_AS_TF = dataclasses.replace(TORCH, padding="same", bn_epsilon=1e-3)
 
 # Conventions by the source of the weights. timm: `efficientnet_*` and, with TensorFlow's weights, `tf_efficientnet_*`
 # (`_ap`: those trained with AdvProp). lukemelas: the EfficientNet-PyTorch package and its Lite nets.
 SOURCES = {
-    "torchvision": _TORCH,
-    "timm": _TORCH,
+    "torchvision": TORCH,
+    "timm": TORCH,
     "timm_tf": _TORCH_AS_TF,
     "timm_tf_ap": dataclasses.replace(_TORCH_AS_TF, mean=(127.5,) * 3, std=(127.5,) * 3),
     "keras": dataclasses.replace(_TORCH_AS_TF, bn_momentum=0.99, bn_unbiased=False),
@@ -101,12 +96,9 @@ VARIANTS = tuple(_SCALES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Architecture(Conventions):
-    """Everything that makes two networks the same function of their weights. Travels with a checkpoint as JSON."""
+class EfficientNetArchitecture(Architecture):
+    """The shape of an EfficientNet. `source` is a key of SOURCES."""
 
-    name: str
-    source: str  # key of SOURCES: whose conventions these are
-    classes: int
     width: float
     depth: float
     resolution: int  # side in pixels of the images it was designed for; the network takes any size
@@ -116,7 +108,6 @@ class Architecture(Conventions):
     head: int = 1280
     stages: tuple[Stage, ...] = STAGES
     lite: bool = False  # no squeeze-excite, ReLU6, and stem, head, first and last stage are not scaled
-    dtype: str = "float32"  # of the arithmetic; parameters stay float32
 
     def filters(self, count: int) -> int:
         """Channels scaled by the width, rounded to a multiple of 8 but never below 90 %."""
@@ -146,23 +137,17 @@ class Architecture(Conventions):
                 inputs = filters
         return tuple(blocks)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values that `json` writes; `from_dict` reads them back."""
-        return dataclasses.asdict(self)
-
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Architecture":
-        known = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != known:
-            raise ValueError(f"not an EfficientNet architecture: missing or extra {sorted(known ^ set(values))}")
-        stages = tuple(Stage(**stage) for stage in values["stages"])
-        return cls(**{**values, "stages": stages, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        if "stages" in values:
+            values = {**values, "stages": tuple(Stage(**stage) for stage in values["stages"])}
+        return super().from_dict(values)
 
 
-def architecture(name: str, *, source: str, classes: int, **changes: Any) -> Architecture:
+def architecture(name: str, *, source: str, classes: int, **changes: Any) -> EfficientNetArchitecture:
     """The architecture of a variant under the conventions of a source of weights.
 
-    name: one of VARIANTS; source: a key of SOURCES. changes: any field of Architecture, to differ from both.
+    name: one of VARIANTS; source: a key of SOURCES. changes: any field of EfficientNetArchitecture, to differ from both.
     """
     if name not in _SCALES:
         raise ValueError(f"{name!r} is no EfficientNet: choose one of {', '.join(VARIANTS)}")
@@ -179,14 +164,14 @@ def architecture(name: str, *, source: str, classes: int, **changes: Any) -> Arc
         values |= {"stem": 16, "head": 256, "stages": _TINY_STAGES}
     if name in ("b5", "b6", "b7") and source == "torchvision":
         values |= {"bn_epsilon": 1e-3, "bn_momentum": 0.99}
-    return Architecture(name=name, source=source, classes=classes, **(values | changes))
+    return EfficientNetArchitecture(name=name, source=source, classes=classes, **(values | changes))
 
 
 class MBConv(nn.Module):
     """Inverted residual block: [B, H, W, inputs] -> [B, H', W', filters]."""
 
     block: Block
-    architecture: Architecture
+    architecture: EfficientNetArchitecture
     folded: bool
 
     @nn.compact
@@ -214,7 +199,7 @@ class EfficientNet(nn.Module):
     folded: the parameters come from `layers.fold_batch_norm`. Logits and features are float32 whatever the dtype.
     """
 
-    architecture: Architecture
+    architecture: EfficientNetArchitecture
     folded: bool = False
 
     @nn.compact
@@ -234,19 +219,11 @@ class EfficientNet(nn.Module):
         return {"logits": classifier(kept), "features": features, "maps": maps}
 
 
-def build(architecture: Architecture, *, folded: bool = False) -> EfficientNet:
+def build(architecture: EfficientNetArchitecture, *, folded: bool = False) -> EfficientNet:
     """The network of an architecture. folded: for variables that `layers.fold_batch_norm` made."""
     return EfficientNet(architecture=architecture, folded=folded)
 
 
-def init(architecture: Architecture, key: jax.Array) -> dict[str, Any]:
+def init(architecture: EfficientNetArchitecture, key: jax.Array) -> dict[str, Any]:
     """Fresh variables {"params", "batch_stats"} of `build(architecture)`, for images of any size."""
     return init_variables(build(architecture), key)
-
-
-def normalize(image: jax.Array, architecture: Conventions) -> jax.Array:
-    """image [B, H, W, 3], 0 to 255 -> (image - mean) / std, float32, as the network was trained to see it."""
-    mean, std = (
-        jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (architecture.mean, architecture.std)
-    )
-    return (image.astype(jnp.float32) - mean) / std

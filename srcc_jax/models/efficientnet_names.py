@@ -1,37 +1,16 @@
-"""What each library calls the weights of an EfficientNet: tables from its names to ours, total in both directions.
-
-A table holds, for every array of a library's file, which array of ours it is and how its axes are permuted.
-"""
+"""What each library calls the weights of an EfficientNet."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
 
-import numpy as np
+from srcc_jax.models.efficientnet import Block, EfficientNetArchitecture
+from srcc_jax.models.names import Entry, Path
 
-from srcc_jax.models.efficientnet import Architecture, Block
-
-Path = tuple[str, ...]
 Pair = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """Where an array of a file belongs among our variables. axes: the permutation from the file's axes to ours."""
-
-    target: Path
-    axes: tuple[int, ...]
-
-    def read(self, array: np.ndarray) -> np.ndarray:
-        """An array of the file in our layout."""
-        return np.transpose(array, self.axes)
-
-    def write(self, array: np.ndarray) -> np.ndarray:
-        """An array of ours in the file's layout."""
-        return np.transpose(array, np.argsort(self.axes))
-
-
-@dataclasses.dataclass(frozen=True)
-class Naming:
+class EfficientNetNaming:
     """How a library names an EfficientNet's arrays: `<module><separator><leaf>`.
 
     stem, top: its names of a convolution and its BatchNorm. block(block, number, parts): the pair of names of each part of
@@ -40,13 +19,18 @@ class Naming:
 
     sources: tuple[str, ...]
     stem: Pair
-    top: Callable[[Architecture], Pair]
+    top: Callable[[EfficientNetArchitecture], Pair]
     classifier: str
     block: Callable[[Block, int, list[str]], dict[str, Pair]]
     leaf: Callable[[Path], tuple[str, tuple[int, ...]]]
     separator: str
 
-    def table(self, architecture: Architecture) -> dict[str, Entry]:
+    @property
+    def classifier_bias(self) -> str:
+        """The name of the array that has one value for each class."""
+        return f"{self.classifier}{self.separator}bias"
+
+    def table(self, architecture: EfficientNetArchitecture) -> dict[str, Entry]:
         """Name in the file -> Entry, for every array of the network."""
         entries = {}
         for module, name in self._modules(architecture):
@@ -55,7 +39,7 @@ class Naming:
                 entries[f"{name}{self.separator}{leaf}"] = Entry(target, axes)
         return entries
 
-    def _modules(self, architecture: Architecture) -> Iterator[tuple[Path, str]]:
+    def _modules(self, architecture: EfficientNetArchitecture) -> Iterator[tuple[Path, str]]:
         yield from zip([("stem", "conv"), ("stem", "norm")], self.stem)
         for number, block in enumerate(architecture.blocks()):
             parts = ["expand"] * (block.expand != 1) + ["depthwise"] + ["squeeze_excite"] * (not architecture.lite)
@@ -135,7 +119,7 @@ def _keras_leaf(path: Path) -> tuple[str, tuple[int, ...]]:
 
 
 NAMINGS = {
-    "torchvision": Naming(
+    "torchvision": EfficientNetNaming(
         sources=("torchvision",),
         stem=("features.0.0", "features.0.1"),
         top=lambda arch: (f"features.{len(arch.stages) + 1}.0", f"features.{len(arch.stages) + 1}.1"),
@@ -144,7 +128,7 @@ NAMINGS = {
         leaf=_torch_leaf,
         separator=".",
     ),
-    "timm": Naming(
+    "timm": EfficientNetNaming(
         sources=("timm", "timm_tf", "timm_tf_ap"),
         stem=("conv_stem", "bn1"),
         top=lambda arch: ("conv_head", "bn2"),
@@ -153,7 +137,7 @@ NAMINGS = {
         leaf=_torch_leaf,
         separator=".",
     ),
-    "lukemelas": Naming(
+    "lukemelas": EfficientNetNaming(
         sources=("lukemelas",),
         stem=("_conv_stem", "_bn0"),
         top=lambda arch: ("_conv_head", "_bn1"),
@@ -162,7 +146,7 @@ NAMINGS = {
         leaf=_torch_leaf,
         separator=".",
     ),
-    "keras": Naming(
+    "keras": EfficientNetNaming(
         sources=("keras",),
         stem=("stem_conv", "stem_bn"),
         top=lambda arch: ("top_conv", "top_bn"),

@@ -3,7 +3,6 @@
 Arrays are NHWC. Parameters and running statistics are float32; a layer computes in the type of the array it is given.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,28 +15,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from srcc_jax.kernels.convolution import Padding, conv, depthwise_conv, pointwise_conv
+from srcc_jax.models.architecture import Conventions
 
 _FRESH = {"scale": 1, "bias": 0, "mean": 0, "var": 1}
 TRUNCATED_STD = 0.87962566103423978  # standard deviation of a standard normal cut off at ±2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Conventions:
-    """Where the frameworks' versions of one architecture differ. Weights are right only under those they were trained with.
-
-    mean and std are per channel (R, G, B) in the units of 8-bit pixels, 0 to 255.
-    """
-
-    padding: str  # of strided convolutions; "same": TensorFlow, asymmetric; "symmetric": torch
-    bn_epsilon: float
-    bn_momentum: float  # share of the old running value that a step keeps (flax, Keras); torch's momentum m is 1 - m
-    bn_unbiased: bool  # the running variance collects n / (n - 1) of the batch variance (torch) or the variance (Keras)
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __post_init__(self) -> None:
-        if self.padding not in ("same", "symmetric"):
-            raise ValueError(f"padding is {self.padding!r}: must be 'same' (TensorFlow) or 'symmetric' (torch)")
 
 
 def explicit_padding(convention: str, size: Sequence[int], kernel: int, stride: int) -> Padding:
@@ -194,11 +175,11 @@ def init_variables(model: nn.Module, key: jax.Array) -> dict[str, Any]:
     for one per kernel (23 s for EfficientNet-B1).
     """
     shapes = flatten_dict(variable_shapes(model))
-    size = sum(leaf.size for path, leaf in shapes.items() if path[-1] == "kernel" and leaf.ndim == 4)
+    size = sum(leaf.size for path, leaf in shapes.items() if path[-1].endswith("kernel") and leaf.ndim == 4)
     draw = np.asarray(jax.random.truncated_normal(key, -2, 2, (size,)))
     variables, start = {}, 0
     for path, leaf in shapes.items():
-        if path[-1] != "kernel":
+        if not path[-1].endswith("kernel"):
             values = np.full(leaf.shape, _FRESH[path[-1]], np.float32)
         elif leaf.ndim == 4:
             values = kernel_std(leaf.shape) / TRUNCATED_STD * draw[start : start + leaf.size].reshape(leaf.shape)

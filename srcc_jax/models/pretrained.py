@@ -1,4 +1,4 @@
-"""Published weights under our names, for each library that publishes EfficientNets, and back.
+"""Published weights under our names, for each library that publishes the networks of the zoo, and back.
 
 Weights are right only under the conventions they were trained with (padding, BatchNorm constants, scaling of the image):
 `source_conventions` gives the architecture that has them, and `load` refuses weights of another library than the
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from srcc_jax.models.efficientnet import IMAGENET_STD, Architecture, architecture
-from srcc_jax.models.efficientnet_names import NAMINGS, Entry
+from srcc_jax.models import zoo
+from srcc_jax.models.architecture import IMAGENET_STD, Architecture
+from srcc_jax.models.names import Entry
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -25,63 +26,77 @@ class PretrainedError(ValueError):
     """Weights that do not fit the network; the message lists everything that does not."""
 
 
-def detect_naming(arrays: Arrays, variant: Architecture) -> str:
-    """The key of NAMINGS under whose names most of the arrays are found in the variant's table."""
-    names = set(_canonical(arrays))
-    hits = {naming: len(names & set(NAMINGS[naming].table(variant))) for naming in NAMINGS}
+def detect_naming(arrays: Arrays, architecture: Architecture) -> str:
+    """The key of the family's namings under which most of the arrays are found in the network's table."""
+    names, namings = set(_canonical(arrays)), zoo.family(architecture.name).namings
+    hits = {key: len(names & set(_table(key, architecture))) for key in namings}
     best = max(hits, key=hits.__getitem__)
     if not hits[best]:
         raise PretrainedError(
-            f"none of the {len(names)} weights has a name that {', '.join(NAMINGS)} give to an EfficientNet; "
+            f"none of the {len(names)} weights has a name that {', '.join(namings)} give to {architecture.name}; "
             f"the first names are {', '.join(sorted(names)[:5])}"
         )
     return best
 
 
+def _table(key: str, architecture: Architecture) -> dict[str, Entry]:
+    """The table of a naming: of the network itself, or as the library would make it where the conventions are another's."""
+    family = zoo.family(architecture.name)
+    naming = family.namings[key]
+    if architecture.source not in naming.sources:
+        architecture = family.architecture(architecture.name, source=naming.sources[0], classes=architecture.classes)
+    return naming.table(architecture)
+
+
 def source_conventions(
     arrays: Arrays, variant: str, *, source: str | None = None, classes: int | None = None
 ) -> Architecture:
-    """The architecture that a file's weights were trained as: variant (one of efficientnet.VARIANTS) and conventions.
+    """The architecture that a file's weights were trained as: variant (one of zoo.VARIANTS) and conventions.
 
-    source: a key of efficientnet.SOURCES, needed where the names do not tell it (timm gives the same names to its own
+    source: a key of the family's sources, needed where the names do not tell it (timm gives the same names to its own
     weights and to TensorFlow's). classes: of the network to be built; by default those of the file's classifier.
     """
-    naming = detect_naming(arrays, architecture(variant, source="torchvision", classes=1))
-    sources = NAMINGS[naming].sources
-    if source is None and len(sources) > 1:
+    family = zoo.family(variant)
+    naming = family.namings[
+        detect_naming(arrays, family.architecture(variant, source=next(iter(family.sources)), classes=1))
+    ]
+    if source is None and len(naming.sources) > 1:
         raise PretrainedError(
-            f"the names are {naming}'s, whose weights come with different conventions: name the source, one of "
-            f"{', '.join(sources)} (timm: efficientnet_*; timm_tf: tf_efficientnet_*; timm_tf_ap: tf_efficientnet_*.ap_*)"
+            "the names of the weights come with different conventions: name their source, one of "
+            f"{', '.join(naming.sources)} (timm: efficientnet_*; timm_tf: tf_efficientnet_*; timm_tf_ap: tf_efficientnet_*.ap_*)"
         )
-    if source is not None and source not in sources:
-        raise PretrainedError(f"the names are {naming}'s, so the source cannot be {source}: use {' or '.join(sources)}")
+    if source is not None and source not in naming.sources:
+        raise PretrainedError(
+            f"the names of the weights are those of {' or '.join(naming.sources)}, so the source cannot be {source}"
+        )
     known = _canonical(arrays)
     if classes is None:
-        bias = f"{NAMINGS[naming].classifier}{NAMINGS[naming].separator}bias"
-        if bias not in known:
-            raise PretrainedError(f"the file has no classifier ({bias}): say how many classes the network is to have")
-        classes = len(known[bias])
-    return architecture(variant, source=source or sources[0], classes=classes, **_image_scaling(known))
+        if naming.classifier_bias not in known:
+            raise PretrainedError(
+                f"the file has no classifier ({naming.classifier_bias}): say how many classes the network is to have"
+            )
+        classes = len(known[naming.classifier_bias])
+    return family.architecture(variant, source=source or naming.sources[0], classes=classes, **_image_scaling(known))
 
 
 def load(
     arrays: Arrays, architecture: Architecture, variables: Mapping[str, Any], *, replace_head: bool
 ) -> dict[str, Any]:
-    """Variables of `efficientnet.build(architecture)` filled with the arrays of a file, as float32.
+    """Variables of `zoo.build(architecture)` filled with the arrays of a file, as float32.
 
     variables: fresh ones, or only their shapes where the head is not replaced. replace_head: keep the classifier of
     `variables` and leave the file's, where it has one, unread. Otherwise every array of the file is used and every
     variable filled, or one PretrainedError lists all that does not fit.
     """
     naming = detect_naming(arrays, architecture)
-    if architecture.source not in NAMINGS[naming].sources:
+    if architecture.source not in zoo.family(architecture.name).namings[naming].sources:
         raise PretrainedError(
             f"the weights have {naming}'s names, the architecture the conventions of {architecture.source}: "
             f"make the architecture with source_conventions(weights, {architecture.name!r})"
         )
     known, fresh = _canonical(arrays), flatten_dict(variables)
     _check_image_scaling(known, architecture)
-    table = NAMINGS[naming].table(architecture)
+    table = _table(naming, architecture)
     head = {name for name, entry in table.items() if replace_head and entry.target[:2] == _CLASSIFIER}
     table = {name: entry for name, entry in table.items() if name not in head}
     _check_total({name: known[name] for name in known if name not in head}, table, fresh)
@@ -90,9 +105,9 @@ def load(
 
 
 def export(variables: Mapping[str, Any], architecture: Architecture, naming: str) -> dict[str, np.ndarray]:
-    """The variables by the names and in the layouts of a library (a key of NAMINGS): the inverse of `load`."""
+    """The variables by the names and in the layouts of a library (a key of the family's namings): the inverse of `load`."""
     ours = flatten_dict(variables)
-    table = NAMINGS[naming].table(architecture)
+    table = zoo.family(architecture.name).namings[naming].table(architecture)
     return {name: entry.write(np.asarray(ours[entry.target])) for name, entry in table.items()}
 
 
