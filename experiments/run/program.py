@@ -14,6 +14,7 @@ from absl import app, flags, logging
 
 from data_pipelines.annotations import AnnotationError
 from data_pipelines.cohort import CohortError
+from data_pipelines.detections import DetectionsError
 from data_pipelines.files import OutputError
 from data_pipelines.slides import SlideError
 from data_pipelines.tiles import TilesError
@@ -21,6 +22,7 @@ from data_pipelines.weights import WeightsError
 from experiments.run.workdir import WorkdirError
 from srcc_jax.checkpoints import CheckpointError
 from srcc_jax.models.pretrained import PretrainedError
+from srcc_jax.onnx_graph import ExportError
 from srcc_jax.parallel import set_cpu_devices
 from srcc_jax.train import Interrupted, TrainingDiverged
 
@@ -28,6 +30,8 @@ EXPECTED = (
     AnnotationError,
     CheckpointError,
     CohortError,
+    DetectionsError,
+    ExportError,
     OutputError,
     PretrainedError,
     SlideError,

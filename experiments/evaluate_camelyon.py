@@ -1,0 +1,194 @@
+"""Lesion FROC and slide ROC AUC as Camelyon16 scores them, of our maps or of any program's detections.
+
+    python -m experiments.evaluate_camelyon --cohort=test.csv --maps=out --out=table
+    python -m experiments.evaluate_camelyon --cohort=test.csv --detections=folder --out=table
+
+--maps is a folder that predict_slides wrote; --detections one of <slide_id>.csv with score, x, y in level-0 pixels. The cohort table
+names each slide's annotation (ASAP XML, GeoJSON, NCRF JSON, or a mask image). Leaves slides.csv, froc.csv, metrics.json and report.html.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import numpy as np
+from absl import flags
+
+from data_pipelines.cohort import Cohort, SlideRecord, check_two_classes, read_cohort
+from data_pipelines.cohort_rows import listed
+from data_pipelines.detections import Detections, read_detections
+from data_pipelines.exports import read_map, write_json, write_table, write_text
+from data_pipelines.tumour_masks import tumour_mask
+from experiments.run.program import UsageError, run
+from experiments.run.progress import progress
+from experiments.run.workdir import versions
+from srcc_jax.froc import FP_RATES, Froc, SlideHits, bootstrap_froc, candidates, find_lesions, froc, score_slide
+from srcc_jax.metrics import Interval, bootstrap, roc_auc, roc_curve
+from srcc_jax.report import Report, Table, render
+
+# µm per pixel of the masks that lesions are found on: level 5 of slides at 0.243 µm per pixel; MONAI's LesionFROC takes level 6.
+VARIANTS = {"camelyon16": 0.243 * 2**5, "monai": 0.243 * 2**6}
+EXCLUDED = {"Test_049": "a duplicate", "Test_114": "not annotated exhaustively"}
+
+_COHORT = flags.DEFINE_string("cohort", None, "cohort table with label and annotation", required=True)
+_SPLIT = flags.DEFINE_string("split", None, "of the cohort table, this split only")
+_POSITIVE = flags.DEFINE_string("positive", "tumour", "label of the slides with tumour")
+_MAPS = flags.DEFINE_string("maps", None, "folder that predict_slides wrote")
+_DETECTIONS = flags.DEFINE_string("detections", None, "folder of <slide_id>.csv: score, x, y")
+_OUT = flags.DEFINE_string("out", None, "folder for the results", required=True)
+_VARIANT = flags.DEFINE_enum(
+    "variant", "camelyon16", list(VARIANTS), "whose scale of the masks; the numbers of the two differ"
+)
+_MASK_MPP = flags.DEFINE_float("mask_mpp", None, "µm per pixel of the masks, where neither is wanted", lower_bound=0.1)
+_GROUPS = flags.DEFINE_list("groups", None, "groups of the annotations that are tumour; none: all but exclusions")
+_EXCLUDE = flags.DEFINE_list(
+    "exclude", list(EXCLUDED), "slides to leave out; as set: Camelyon16's two known exceptions"
+)
+_RADIUS = flags.DEFINE_float(
+    "nms_radius_um", 93.3, "of --maps: half the side of the square that a candidate clears, in µm"
+)
+_STOP = flags.DEFINE_float("nms_stop", 0.5, "of --maps: values up to this are no candidates")
+_MPP_OVERRIDE = flags.DEFINE_float("mpp_override", None, "µm per pixel of slides that do not say it themselves")
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the bootstrap over slides")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A slide, its detections and what they hit."""
+
+    record: SlideRecord
+    detections: Detections
+    hits: SlideHits
+    itc: int
+
+    @property
+    def score(self) -> float:
+        """Of the slide: its best detection; 0 where there is none."""
+        return float(self.detections.score.max(initial=0.0))
+
+
+def source() -> tuple[pathlib.Path, str]:
+    """The folder of the detections, and the name of a slide's file in it. UsageError where not exactly one is given."""
+    if _DETECTIONS.value and not _MAPS.value:
+        return pathlib.Path(_DETECTIONS.value), "{}.csv"
+    if _MAPS.value and not _DETECTIONS.value:
+        return pathlib.Path(_MAPS.value), "slides/{}/probability.npz"
+    raise UsageError("give one of --maps (of predict_slides) and --detections (tables of any program)")
+
+
+def find_detections(path: pathlib.Path) -> Detections:
+    """Of one slide, read from its table, or made of its map."""
+    if path.suffix == ".csv":
+        return read_detections(path)
+    found = read_map(path)
+    radius = max(1, round(_RADIUS.value / found.mpp))
+    score, x, y = candidates(found.values, downsample=found.downsample, radius=radius, stop=_STOP.value)
+    return Detections(score, x + found.origin[0], y + found.origin[1])
+
+
+def score_record(record: SlideRecord) -> Scored:
+    """One slide against its annotation. UsageError where a slide with tumour has none."""
+    mpp = _MASK_MPP.value or VARIANTS[_VARIANT.value]
+    tumour = tumour_mask(record, mpp=mpp, groups=_GROUPS.value, mpp_override=_MPP_OVERRIDE.value)
+    if tumour is None and record.label == _POSITIVE.value:
+        raise UsageError(
+            f"{_COHORT.value}: {record.slide_id} is {record.label} but has no annotation: fill the column `annotation`"
+        )
+    lesions = None
+    if tumour is not None and tumour.mask.any():
+        lesions = find_lesions(tumour.mask, mpp=tumour.mpp, downsample=tumour.downsample)
+    folder, name = source()
+    found = find_detections(folder / name.format(record.slide_id))
+    hits = score_slide(lesions, found.score, found.x, found.y)
+    return Scored(record, found, hits, 0 if lesions is None else int(lesions.itc.sum()))
+
+
+def chosen(cohort: Cohort) -> Cohort:
+    """The slides to score. UsageError that names slides without detections: none found must be said by an empty file."""
+    left_out = {name.casefold() for name in _EXCLUDE.value}
+    records = tuple(r for r in cohort if r.slide_id.casefold() not in left_out)
+    for record in cohort:
+        if record not in records:
+            print(f"left out: {record.slide_id} ({EXCLUDED.get(record.slide_id.capitalize(), 'as --exclude says')})")
+    folder, name = source()
+    absent = [r.slide_id for r in records if not (folder / name.format(r.slide_id)).exists()]
+    if absent:
+        raise UsageError(
+            f"{folder} has nothing for {listed(absent)}: a slide in which nothing was detected needs an empty table; slides that "
+            "shall not count belong into --exclude"
+        )
+    return dataclasses.replace(cohort, records=records)
+
+
+def slide_auc(cohort: Cohort, scored: list[Scored]) -> Interval:
+    """ROC AUC of the best detection of each slide."""
+    label, score = cohort.labels(_POSITIVE.value), np.asarray([slide.score for slide in scored])
+    return bootstrap(roc_auc, label, score, seed=_SEED.value)
+
+
+def write_results(
+    out: pathlib.Path, cohort: Cohort, scored: list[Scored], curve: Froc, merit: dict[str, Interval]
+) -> None:
+    """slides.csv, froc.csv, metrics.json, report.html."""
+    columns: dict[str, list] = {
+        "slide_id": [s.record.slide_id for s in scored],
+        "label": [s.record.label for s in scored],
+        "score": [s.score for s in scored],
+        "lesions": [s.hits.lesions for s in scored],
+        "lesions_found": [int((s.hits.true > 0).sum()) for s in scored],
+        "itc": [s.itc for s in scored],
+        "detections": [len(s.detections) for s in scored],
+        "false_positives": [len(s.hits.false) for s in scored],
+    }
+    write_table(out / "slides.csv", columns)
+    write_table(out / "froc.csv", {"false_positives_per_slide": curve.fp_per_slide, "sensitivity": curve.sensitivity})
+    at = dict(zip(map(str, FP_RATES), curve.sensitivity_at.tolist()))
+    about = {
+        "variant": _VARIANT.value,
+        "mask_mpp": _MASK_MPP.value or VARIANTS[_VARIANT.value],
+        "slides": len(scored),
+        "lesions": sum(s.hits.lesions for s in scored),
+        "left out": _EXCLUDE.value,
+    }
+    write_json(
+        out / "metrics.json", {**merit, "sensitivity at false positives per slide": at, **about, "versions": versions()}
+    )
+    rows = [[f"{rate} false positives per slide", value] for rate, value in at.items()]
+    report = Report(
+        title="Lesions and slides",
+        subtitle=f"{len(scored)} slides, {about['lesions']} lesions",
+        summary={name: {"slide": interval} for name, interval in merit.items()},
+        notes=[
+            "Intervals: percentile bootstrap over slides, 1000 resamples.",
+            "FROC: mean of the sensitivities of the table.",
+        ],
+        roc={"slides": roc_curve(cohort.labels(_POSITIVE.value), np.asarray(columns["score"]))},
+        comparison=Table(columns=["sensitivity at", "of lesions"], rows=rows),
+        configuration=about,
+        versions=versions(),
+    )
+    write_text(out / "report.html", render(report))
+
+
+def main() -> None:
+    """Scores every slide and prints the two numbers."""
+    cohort = read_cohort(_COHORT.value, require_files=False)
+    cohort = chosen(cohort.split(_SPLIT.value) if _SPLIT.value else cohort)
+    check_two_classes(cohort, _POSITIVE.value, where=f"{_COHORT.value}, as far as it is scored,")
+    with progress(len(cohort), "scoring", unit="slides") as bar:
+        scored = []
+        for record in cohort:
+            scored.append(score_record(record))
+            bar.update()
+    hits = [slide.hits for slide in scored]
+    merit = {"lesion FROC": bootstrap_froc(hits, seed=_SEED.value), "slide ROC AUC": slide_auc(cohort, scored)}
+    out = pathlib.Path(_OUT.value)
+    write_results(out, cohort, scored, froc(hits), merit)
+    for name, interval in merit.items():
+        print(f"{name} {interval.value:.4f} [{interval.low:.4f}, {interval.high:.4f}]")
+    print(out / "report.html")
+
+
+if __name__ == "__main__":
+    run(main)
