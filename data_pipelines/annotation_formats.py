@@ -9,10 +9,13 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from data_pipelines.polygons import Shape
+from data_pipelines.polygons import EXCLUSION_GROUPS, Shape
 
 ELLIPSE_VERTICES = 64
 NO_VERTICES = "without vertices"
+HOLE_OF = (
+    "hole of "  # so begins the name of an excluded ASAP polygon that belongs to one other alone, whose name follows
+)
 
 
 class AnnotationError(ValueError):
@@ -70,9 +73,12 @@ def _attributes(elements: Sequence[Element], names: Sequence[str], where: str) -
 def read_asap(root: Element) -> Content:
     """ASAP XML: one Shape per Annotation (per point of a PointSet), vertices in the order of `Order`.
 
-    A Spline becomes the polygon of its control points, as all common tools read it; Measurements are left out.
+    A Spline becomes the polygon of its control points, as all common tools read it; Measurements are left out. An excluded
+    polygon called "hole of <name>", as write_asap_xml has them, is a hole of the last one before it of that name; other
+    excluded polygons are shapes, which rasterize cuts from all.
     """
     content = Content()
+    owner: dict[str, int] = {}  # polygon by name
     for index, annotation in enumerate(root.iterfind("Annotations/Annotation")):
         label = annotation.get("Name", "")
         where = f"annotation {index + 1} ({label!r})"
@@ -91,7 +97,14 @@ def read_asap(root: Element) -> Content:
             content.shapes += [Shape("point", point[None], name=label, group=group) for point in points]
         else:
             form: Literal["box", "polygon"] = "box" if kind == "Rectangle" else "polygon"
-            content.shapes.append(Shape(form, _open(points), name=label, group=group))
+            shape = Shape(form, _open(points), name=label, group=group)
+            outer = owner.get(label.removeprefix(HOLE_OF)) if group in EXCLUSION_GROUPS else None
+            if outer is not None and label.startswith(HOLE_OF):
+                whole = content.shapes[outer]
+                content.shapes[outer] = dataclasses.replace(whole, holes=(*whole.holes, shape.exterior))
+            else:
+                owner[label] = len(content.shapes)
+                content.shapes.append(shape)
     return content
 
 

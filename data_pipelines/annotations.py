@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,7 +15,7 @@ import defusedxml.ElementTree
 import numpy as np
 
 from data_pipelines import annotation_formats
-from data_pipelines.annotation_formats import AnnotationError, Content
+from data_pipelines.annotation_formats import HOLE_OF, AnnotationError, Content
 from data_pipelines.files import atomic_write
 from data_pipelines.polygons import EXCLUSION_GROUPS, Shape, bounding_box, rasterize
 
@@ -174,22 +174,34 @@ def _on_slide(shape: Shape, width: int, height: int) -> bool:
     return x1 >= 0 and y1 >= 0 and x0 <= width and y0 <= height
 
 
-def write_asap_xml(path: str | os.PathLike[str], shapes: Iterable[Shape]) -> None:
+def write_asap_xml(
+    path: str | os.PathLike[str],
+    shapes: Iterable[Shape],
+    *,
+    colours: Mapping[str, tuple[int, int, int]] | None = None,
+    hole_group: str = "Exclusion",
+) -> None:
     """Writes shapes as ASAP XML with every group that they name (ASAP does not load a file that lacks one).
 
-    ASAP has no holes: each becomes a polygon of the group Exclusion, which rasterize cuts out again. Scores are not kept.
+    ASAP has no holes: each becomes a polygon of a group of its own, after Camelyon16 (where it is called "_2"), with the name
+    "hole of <name of the shape>", by which read_annotation gives it back to that shape. hole_group: one of
+    EXCLUSION_GROUPS.  colours: (red, green, blue) by group, for those that shall not have the next of COLOURS.  Scores are not
+    kept: what shall be told by score has to be grouped by it.
     """
+    if hole_group not in EXCLUSION_GROUPS:
+        raise ValueError(f"{path}: holes go to a group of {sorted(EXCLUSION_GROUPS)}, not to {hole_group!r}")
     root = ElementTree.Element("ASAP_Annotations")
     annotations = ElementTree.SubElement(root, "Annotations")
+    wanted = {group: "#{:02X}{:02X}{:02X}".format(*rgb) for group, rgb in (colours or {}).items()}
     groups: dict[str, str] = {}  # name -> colour, in order of appearance
     kinds = {"polygon": "Polygon", "box": "Rectangle", "point": "Dot"}
     for shape in shapes:
-        rings = [(kinds[shape.kind], shape.group, shape.exterior)]
-        rings += [("Polygon", "Exclusion", hole) for hole in shape.holes]
-        for kind, group, ring in rings:
-            colour = groups.setdefault(group, COLOURS[len(groups) % len(COLOURS)])
-            name = shape.name or f"Annotation {len(annotations)}"
-            labels = {"Name": name, "Type": kind, "PartOfGroup": group or "None", "Color": colour}
+        name = shape.name or f"Annotation {len(annotations)}"
+        rings = [(kinds[shape.kind], name, shape.group, shape.exterior)]
+        rings += [("Polygon", HOLE_OF + name, hole_group, hole) for hole in shape.holes]
+        for kind, label, group, ring in rings:
+            colour = groups.setdefault(group, wanted.get(group, COLOURS[len(groups) % len(COLOURS)]))
+            labels = {"Name": label, "Type": kind, "PartOfGroup": group or "None", "Color": colour}
             listed = ElementTree.SubElement(ElementTree.SubElement(annotations, "Annotation", labels), "Coordinates")
             for order, (x, y) in enumerate(ring.tolist()):
                 ElementTree.SubElement(listed, "Coordinate", {"Order": str(order), "X": repr(x), "Y": repr(y)})

@@ -76,12 +76,12 @@ def _paint(
 ) -> np.ndarray:
     values, missing = _onto_thumbnail(slide_map, thumbnail.shape[:2], thumbnail_downsample)
     known = ~np.isnan(values)
-    colours = _colours(values[known], colormap, limits)
+    colours = map_colours(values[known], colormap, limits)
     picture = thumbnail.astype(np.float32)
     picture[known] += alpha * (colours - picture[known])
     picture = np.rint(picture).astype(np.uint8)
     unread = missing & ~known
-    picture[unread] = _hatch(*thumbnail.shape[:2])[unread]
+    picture[unread] = hatch(*thumbnail.shape[:2])[unread]
     return picture
 
 
@@ -109,7 +109,7 @@ def _block_maximum(values: np.ndarray, size: int) -> np.ndarray:
     return np.fmax.reduce(np.fmax.reduce(blocks, axis=3), axis=1)
 
 
-def _colours(values: np.ndarray, colormap: str, limits: tuple[float, float]) -> np.ndarray:
+def map_colours(values: np.ndarray, colormap: str, limits: tuple[float, float]) -> np.ndarray:
     """[N] -> float32 [N, 3] in 0..255."""
     low, high = limits
     if not high > low:
@@ -117,7 +117,7 @@ def _colours(values: np.ndarray, colormap: str, limits: tuple[float, float]) -> 
     return np.float32(255) * matplotlib.colormaps[colormap]((values - low) / (high - low))[:, :3].astype(np.float32)
 
 
-def _hatch(height: int, width: int) -> np.ndarray:
+def hatch(height: int, width: int) -> np.ndarray:
     """uint8 [height, width, 3] of diagonal stripes."""
     stripe = np.add.outer(np.arange(height), np.arange(width)) % _HATCH_PERIOD_PX < _HATCH_PERIOD_PX // 2
     return np.array([_HATCH_LIGHT, _HATCH_DARK], np.uint8)[stripe.astype(int)]
@@ -127,7 +127,7 @@ def _draw_colour_bar(canvas: Image.Image, top: int, colormap: str, limits: tuple
     """Draws it and returns the x where it ends."""
     draw, font = ImageDraw.Draw(canvas), _font()
     left, width = _MARGIN_PX, 110
-    bar = _colours(np.linspace(0, 1, width), colormap, (0, 1)).astype(np.uint8)
+    bar = map_colours(np.linspace(0, 1, width), colormap, (0, 1)).astype(np.uint8)
     canvas.paste(Image.fromarray(np.repeat(bar[None], 10, 0)), (left, top + 10))
     draw.text((left, top + 23), f"{limits[0]:g}", INK, font)
     draw.text((left + width, top + 23), f"{limits[1]:.3g}", INK, font, anchor="ra")
@@ -136,7 +136,7 @@ def _draw_colour_bar(canvas: Image.Image, top: int, colormap: str, limits: tuple
 
 
 def _draw_missing_key(canvas: Image.Image, left: int, top: int) -> None:
-    canvas.paste(Image.fromarray(_hatch(10, 20)), (left, top + 10))
+    canvas.paste(Image.fromarray(hatch(10, 20)), (left, top + 10))
     ImageDraw.Draw(canvas).text((left + 27, top + 8), "not readable", INK, _font())
 
 

@@ -7,10 +7,10 @@ the blocks of the level above while these pass by, so that a slide is drawn once
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import imagecodecs
 import numpy as np
@@ -54,26 +54,57 @@ def write_pyramid(
         raise ValueError(f"{path}: mpp is {mpp}; give the µm per pixel of level 0, a positive number")
     if tile <= 0 or tile % 16:
         raise ValueError(f"{path}: tile is {tile} px; TIFF asks for a multiple of 16, 256 for one")
-    sizes = _level_sizes(height, width, tile, levels)
-    encode = _encoder(tile, quality, compression, subsampling, background)
-    pyramid = _Pyramid(block, sizes, tile, encode, background)
-    with tifffile.TiffWriter(path, bigtiff=height * width * 3 >= _CLASSIC_TIFF_LIMIT) as writer:
-        for level, (rows, columns) in enumerate(sizes):
+    blank = np.full((tile, tile, 3), background, np.uint8)
+    pyramid = Pyramid(
+        block, _level_sizes(height, width, tile, levels), _encoder(quality, compression, subsampling), blank, _halve
+    )
+    write_levels(
+        path,
+        pyramid,
+        mpp=mpp,
+        samples=3,
+        dtype=np.uint8,
+        photometric="ycbcr" if compression == "jpeg" else "rgb",
+        compression=compression,
+        subsampling=((2, 2) if subsampling == "420" else (1, 1)) if compression == "jpeg" else None,
+    )
+    return path
+
+
+def write_levels(
+    path: Path,
+    pyramid: Pyramid,
+    *,
+    mpp: float,
+    samples: int,
+    dtype: Any,
+    description: bytes | None = None,
+    subifds: bool = False,
+    **page: Any,
+) -> None:
+    """Write a pyramid to `path`; `samples` per pixel of `dtype` are what it encodes, `page` goes to tifffile.
+
+    description: for the first page.  subifds: the reduced levels as SubIFDs of the first page, as OME-TIFF has them, not as
+    further pages.
+    """
+    height, width = pyramid.sizes[0]
+    size = height * width * samples * np.dtype(dtype).itemsize
+    with tifffile.TiffWriter(path, bigtiff=size >= _CLASSIC_TIFF_LIMIT, ome=False) as writer:
+        for level, (rows, columns) in enumerate(pyramid.sizes):
             pixels_per_cm = _MICROMETRES_PER_CM / mpp * columns / width
             writer.write(
                 pyramid.level(level),
-                shape=(rows, columns, 3),
-                dtype=np.uint8,
-                tile=(tile, tile),
-                photometric="ycbcr" if compression == "jpeg" else "rgb",
-                compression=compression,
-                subsampling=((2, 2) if subsampling == "420" else (1, 1)) if compression == "jpeg" else None,
+                shape=(rows, columns, samples) if samples > 1 else (rows, columns),
+                dtype=dtype,
+                tile=(pyramid.tile, pyramid.tile),
                 subfiletype=int(level > 0),
+                subifds=len(pyramid.sizes) - 1 if subifds and not level else None,
+                description=description if not level else None,
                 resolution=(pixels_per_cm, pixels_per_cm),
                 resolutionunit="CENTIMETER",
                 metadata=None,
+                **page,
             )
-    return path
 
 
 def _as_block(source: np.ndarray | Block, shape: tuple[int, int] | None) -> tuple[Block, tuple[int, int]]:
@@ -95,12 +126,11 @@ def _level_sizes(height: int, width: int, tile: int, levels: int | None) -> list
     return sizes
 
 
-def _encoder(
-    tile: int, quality: int, compression: Compression, subsampling: str, background: tuple[int, int, int]
-) -> Callable[[np.ndarray | None], bytes]:
-    """tile -> its bytes in the file; None is background, which is compressed once."""
+def _encoder(quality: int, compression: Compression, subsampling: str) -> Callable[[np.ndarray], bytes]:
+    """tile -> its bytes in the file."""
 
     def compress(pixels: np.ndarray) -> bytes:
+        pixels = np.ascontiguousarray(pixels)
         if compression == "lzw":
             return bytes(imagecodecs.lzw_encode(pixels.tobytes()))
         jpeg = imagecodecs.jpeg8_encode(
@@ -108,25 +138,34 @@ def _encoder(
         )
         return bytes(jpeg)
 
-    blank = cache(lambda: compress(np.full((tile, tile, 3), background, np.uint8)))
-    return lambda pixels: blank() if pixels is None else compress(np.ascontiguousarray(pixels))
+    return compress
 
 
-class _Pyramid:
-    """Compressed tiles level by level. Level 0 is streamed; the reduced levels grow beside it, compressed."""
+class Pyramid:
+    """Compressed tiles level by level. Level 0 is streamed; the reduced levels grow beside it, compressed.
+
+    block: as `Block`, of the dtype and channels of `blank`.  sizes: (height, width) of each level, halves of the one before
+    rounded up or down.  encode: a tile -> its bytes in the file.  blank: the tile [tile, tile, ...] where there is only
+    background.  halve: [2n, 2m, ...] -> [n, m, ...].
+    """
 
     def __init__(
         self,
         block: Block,
-        sizes: list[tuple[int, int]],
-        tile: int,
-        encode: Callable[[np.ndarray | None], bytes],
-        background: tuple[int, int, int],
+        sizes: Sequence[tuple[int, int]],
+        encode: Callable[[np.ndarray], bytes],
+        blank: np.ndarray,
+        halve: Callable[[np.ndarray], np.ndarray],
     ):
-        self.block, self.sizes, self.tile, self.encode, self.background = block, sizes, tile, encode, background
-        self.grids = [(-(-height // tile), -(-width // tile)) for height, width in sizes]
+        self.block, self.sizes, self.encode, self.blank, self.halve = block, sizes, encode, blank, halve
+        self.tile = len(blank)
+        self.grids = [(-(-height // self.tile), -(-width // self.tile)) for height, width in sizes]
         self.row: list[dict[int, np.ndarray]] = [{} for _ in sizes]  # the row of tiles being filled, without background
         self.reduced: list[list[bytes]] = [[] for _ in sizes]
+
+    @cached_property
+    def encoded_blank(self) -> bytes:
+        return self.encode(self.blank)
 
     def level(self, level: int) -> Iterator[bytes]:
         """Tiles of one level, row by row. The last tile of level 0 has to be taken before another level is asked for."""
@@ -140,7 +179,10 @@ class _Pyramid:
                 self._reduce(0, row, column, pixels)
             if column == columns - 1:
                 self._close_row(0, row)
-            yield self.encode(pixels)  # last: nothing runs after the last tile has been taken
+            yield self._encoded(pixels)  # last: nothing runs after the last tile has been taken
+
+    def _encoded(self, pixels: np.ndarray | None) -> bytes:
+        return self.encoded_blank if pixels is None else self.encode(pixels)
 
     def _draw(self, row: int, column: int) -> np.ndarray | None:
         height, width = self.sizes[0]
@@ -149,9 +191,12 @@ class _Pyramid:
         pixels = self.block(x, y, w, h)
         if pixels is None:
             return None
-        if pixels.shape != (h, w, 3) or pixels.dtype != np.uint8:
-            raise ValueError(f"the block at ({x}, {y}) is {pixels.dtype} {list(pixels.shape)}, not uint8 {[h, w, 3]}")
-        return np.pad(pixels, ((0, self.tile - h), (0, self.tile - w), (0, 0)), mode="edge")
+        shape, dtype = (h, w, *self.blank.shape[2:]), self.blank.dtype
+        if pixels.shape != shape or pixels.dtype != dtype:
+            raise ValueError(
+                f"the block at ({x}, {y}) is {pixels.dtype} {list(pixels.shape)}, not {dtype} {list(shape)}"
+            )
+        return np.pad(pixels, [(0, self.tile - h), (0, self.tile - w)] + [(0, 0)] * (pixels.ndim - 2), mode="edge")
 
     def _reduce(self, level: int, row: int, column: int, pixels: np.ndarray) -> None:
         """Put half of a tile into its quarter of the tile above."""
@@ -160,9 +205,9 @@ class _Pyramid:
         half = self.tile // 2
         parent = self.row[level + 1].get(column // 2)
         if parent is None:
-            parent = self.row[level + 1][column // 2] = np.full((self.tile, self.tile, 3), self.background, np.uint8)
+            parent = self.row[level + 1][column // 2] = self.blank.copy()
         y, x = row % 2 * half, column % 2 * half
-        parent[y : y + half, x : x + half] = _halve(pixels)
+        parent[y : y + half, x : x + half] = self.halve(pixels)
 
     def _close_row(self, level: int, row: int) -> None:
         """After a row of tiles: the row above it is complete if this was its second or the last."""
@@ -176,7 +221,7 @@ class _Pyramid:
         tiles, self.row[above] = self.row[above], {}
         for column in range(self.grids[above][1]):
             pixels = tiles.get(column)
-            self.reduced[above].append(self.encode(pixels))
+            self.reduced[above].append(self._encoded(pixels))
             if pixels is not None:
                 self._reduce(above, row // 2, column, pixels)
         self._close_row(above, row // 2)

@@ -1,5 +1,6 @@
 """Every annotation format on real files, and what happens to broken, hostile and misplaced ones."""
 
+import dataclasses
 import json
 import time
 import warnings
@@ -7,6 +8,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 
 from data_pipelines.annotations import (
     AnnotationError,
@@ -17,6 +21,7 @@ from data_pipelines.annotations import (
     read_annotation,
     write_asap_xml,
 )
+from data_pipelines.contours import trace_contours
 
 SQUARE = [[0, 0], [10, 0], [10, 10], [0, 10]]
 
@@ -266,18 +271,49 @@ def test_asap_round_trip_keeps_places_groups_and_holes(tmp_path):
     path = tmp_path / "new" / "slide.xml"
     write_asap_xml(path, shapes)
     back = read_annotation(path)
-    assert [(s.kind, s.group) for s in back] == [
-        ("polygon", "tumour"),
-        ("polygon", "Exclusion"),
-        ("box", '"quoted" & <group>'),
-        ("point", ""),
-    ]
-    for mine, its in zip([shapes[0].exterior, shapes[0].holes[0], shapes[1].exterior, shapes[2].exterior], back):
-        np.testing.assert_array_equal(mine, its.exterior)
+    expected = [("polygon", "tumour"), ("box", '"quoted" & <group>'), ("point", "")]
+    assert [(s.kind, s.group) for s in back] == expected
+    for mine, its in zip(shapes, back):
+        for ring, other in zip((mine.exterior, *mine.holes), (its.exterior, *its.holes), strict=True):
+            np.testing.assert_array_equal(ring, other)
     size = {"width": 50, "height": 50, "downsample": 2}
-    np.testing.assert_array_equal(rasterize([shapes[0]], **size), rasterize(back[:2], **size))
+    np.testing.assert_array_equal(rasterize(shapes, **size), rasterize(back, **size))
     declared = {group.get("Name") for group in ElementTree.parse(path).iterfind("AnnotationGroups/Group")}
     assert declared == {"tumour", "Exclusion", '"quoted" & <group>'}
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=9)), st.floats(0.5, 500), st.sampled_from(["", "a"]))
+def test_asap_files_keep_the_geometry_of_any_mask(tmp_path, mask, downsample, name):
+    shapes = [dataclasses.replace(s, name=name) for s in trace_contours(mask, downsample=downsample, group="g")]
+    write_asap_xml(tmp_path / "a.xml", shapes)
+    back = read_annotation(tmp_path / "a.xml")
+    for mine, its in zip(shapes, back, strict=True):  # islands in holes, and holes that touch, are told apart
+        for ring, other in zip((mine.exterior, *mine.holes), (its.exterior, *its.holes), strict=True):
+            np.testing.assert_array_equal(ring, other)
+    again = rasterize(back, width=mask.shape[1], height=mask.shape[0], downsample=downsample)
+    np.testing.assert_array_equal(again, mask)
+
+
+def test_holes_in_asap_files_of_others_stay_excluded_from_all(tmp_path):
+    path = written(tmp_path, asap(annotation(SQUARE, group="_0"), annotation(SQUARE, group="_2")))
+    assert [(shape.group, len(shape.holes)) for shape in read_annotation(path)] == [("_0", 0), ("_2", 0)]
+
+
+def test_asap_groups_have_the_colours_asked_for(tmp_path):
+    hole = np.array([[2, 2], [4, 2], [4, 4]], float)
+    path = tmp_path / "slide.xml"
+    shapes = [
+        Shape("polygon", np.array(SQUARE, float), (hole,), group="tumour"),
+        Shape("point", hole[:1], group="other"),
+    ]
+    write_asap_xml(path, shapes, colours={"tumour": (16, 32, 255)}, hole_group="_2")
+    declared = {g.get("Name"): g.get("Color") for g in ElementTree.parse(path).iterfind("AnnotationGroups/Group")}
+    assert list(declared) == ["tumour", "_2", "other"] and declared["tumour"] == "#1020FF"
+    used = {(a.get("PartOfGroup"), a.get("Color")) for a in ElementTree.parse(path).iterfind("Annotations/Annotation")}
+    assert used == set(declared.items())  # no annotation names a group or a colour that is not declared
+    with pytest.raises(ValueError, match="holes go to a group of"):
+        write_asap_xml(path, shapes, hole_group="holes")
 
 
 def test_100_000_vertices_are_read_and_drawn_quickly(tmp_path):
