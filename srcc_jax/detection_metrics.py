@@ -7,7 +7,7 @@ the cell may be there and not annotated; false positives are counted on images k
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -116,27 +116,29 @@ def recall_at_rates(
     return np.asarray(recalls)
 
 
-def bootstrap_froc(
+def bootstrap_images(
+    metric: Callable[[Sequence[Matches], Sequence[np.ndarray]], float],
     images: Sequence[Matches],
     normal: Sequence[np.ndarray],
     *,
-    rates: Sequence[float] = FP_RATES,
     iterations: int = 1000,
     seed: int,
     level: float = 0.95,
 ) -> Interval:
-    """Mean recall at the rates with its percentile interval; annotated and normal images are drawn with replacement, each among
-    themselves."""
+    """A metric of (annotated images, scores on normal images) with its percentile interval.
+
+    Annotated and normal images are drawn with replacement, each among themselves; resamples without an annotated box are dropped
+    and counted.
+    """
     rng, values = np.random.default_rng(seed), []
     for _ in range(iterations):
         drawn = [images[n] for n in rng.integers(len(images), size=len(images))]
-        others = [normal[n] for n in rng.integers(len(normal), size=len(normal))]
+        others = [normal[n] for n in rng.integers(max(1, len(normal)), size=len(normal))]
         if any(image.truths for image in drawn):
-            values.append(recall_at_rates(drawn, others, rates=rates).mean())
+            values.append(metric(drawn, others))
     outside = (1 - level) / 2
     low, high = np.quantile(values, [outside, 1 - outside])
-    value = float(recall_at_rates(images, normal, rates=rates).mean())
-    return Interval(value, float(low), float(high), iterations - len(values))
+    return Interval(float(metric(images, normal)), float(low), float(high), iterations - len(values))
 
 
 def _truths(images: Sequence[Matches]) -> int:

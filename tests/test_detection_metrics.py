@@ -8,7 +8,7 @@ import pytest
 from data_pipelines.annotations import read_annotation
 from srcc_jax.detection_metrics import (
     Matches,
-    bootstrap_froc,
+    bootstrap_images,
     challenge_false_positives,
     collective_recall,
     instance_recall,
@@ -120,6 +120,10 @@ def test_bootstrap_holds_the_value_and_counts_what_it_dropped():
     rng = np.random.default_rng(0)
     images = [hits(rng.random(4), rng.random(4) < 0.6, 5) for _ in range(10)] + [hits([], [], 0)]
     normal = [rng.random(rng.integers(0, 5)) for _ in range(8)]
-    interval = bootstrap_froc(images, normal, iterations=100, seed=0)
+    interval = bootstrap_images(mean_recall, images, normal, iterations=100, seed=0)
     assert interval.low < interval.value < interval.high and interval.dropped == 0
-    assert bootstrap_froc([images[0], images[-1]], normal, iterations=100, seed=0).dropped > 0
+    assert bootstrap_images(mean_recall, [images[0], images[-1]], normal, iterations=100, seed=0).dropped > 0
+
+
+def mean_recall(images, normal):
+    return recall_at_rates(images, normal).mean()

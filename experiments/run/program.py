@@ -13,6 +13,7 @@ import jax
 from absl import app, flags, logging
 
 from data_pipelines.annotations import AnnotationError
+from data_pipelines.boxes import BoxesError
 from data_pipelines.cohort import CohortError
 from data_pipelines.detections import DetectionsError
 from data_pipelines.files import OutputError
@@ -28,6 +29,7 @@ from srcc_jax.train import Interrupted, TrainingDiverged
 
 EXPECTED = (
     AnnotationError,
+    BoxesError,
     CheckpointError,
     CohortError,
     DetectionsError,

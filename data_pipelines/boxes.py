@@ -1,0 +1,114 @@
+"""Boxes of cells, as people annotate them and programs detect them: one file an image, or one table for all."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_pipelines.annotations import read_annotation
+
+IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".svs"})
+ANNOTATIONS = frozenset({".xml", ".json", ".geojson"})
+_CORNERS = ("x1", "y1", "x2", "y2")
+_SCORES = ("score", "confidence", "prob", "probability")
+
+
+class BoxesError(ValueError):
+    """Boxes that cannot be used; the message names the file and the cure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Boxes:
+    """box float64 [N, 4], [x1, y1, x2, y2) in pixels of the image; score float64 [N], NaN where there is none."""
+
+    box: np.ndarray
+    score: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.box)
+
+    def __post_init__(self) -> None:
+        if self.box.shape != (len(self.score), 4):
+            raise ValueError(f"boxes {self.box.shape} with {len(self.score)} scores")
+
+
+NONE = Boxes(np.zeros((0, 4)), np.zeros(0))
+
+
+def read_boxes(path: str | os.PathLike) -> Boxes:
+    """Of one image, from any format of annotations: the box around each shape that has an area. AnnotationError, OSError."""
+    shapes = [shape for shape in read_annotation(path) if shape.kind != "point"]
+    box = np.asarray([shape.bounds for shape in shapes]).reshape(-1, 4)
+    return Boxes(box, np.asarray([math.nan if shape.score is None else shape.score for shape in shapes], float))
+
+
+def read_box_folder(folder: str | os.PathLike) -> dict[str, Boxes]:
+    """Image -> boxes, of every annotation file in a folder; an image goes by the file's name without its ending."""
+    files = sorted(path for path in pathlib.Path(folder).iterdir() if path.suffix.lower() in ANNOTATIONS)
+    names = [path.stem for path in files]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BoxesError(f"{folder}: two files for the image {twice[0]}: keep one")
+    return {path.stem: read_boxes(path) for path in files}
+
+
+def read_box_table(path: str | os.PathLike) -> dict[str, Boxes]:
+    """Image -> boxes, of a CSV with the columns image, x1, y1, x2, y2 and score (or confidence, prob, probability).
+
+    An image may come with its folder and ending; it goes by its name without them. A line with an image and nothing else
+    says that the image was looked at and has no boxes.
+    """
+    path = pathlib.Path(path)
+    rows: dict[str, list[list[float]]] = {}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        names = reader.fieldnames or []
+        score = [name for name in _SCORES if name in names]
+        missing = [name for name in ("image", *_CORNERS) if name not in names] + ["score"] * (not score)
+        if missing:
+            raise BoxesError(f"{path}: no column {', '.join(missing)}: the columns are image, x1, y1, x2, y2, score")
+        for row in reader:
+            boxes = rows.setdefault(image_name(row["image"]), [])
+            if any(row[name] for name in _CORNERS):
+                boxes.append([_number(path, reader.line_num, name, row[name]) for name in (*_CORNERS, score[0])])
+    tables = {image: np.asarray(boxes, float).reshape(-1, 5) for image, boxes in rows.items()}
+    return {image: Boxes(table[:, :4], table[:, 4]) for image, table in tables.items()}
+
+
+def image_name(image: str) -> str:
+    """The name by which an image goes: of its file, without folder and ending."""
+    name = pathlib.PurePath(image)
+    return name.stem if name.suffix.lower() in IMAGE_ENDINGS | ANNOTATIONS else name.name
+
+
+def require_scores(boxes: dict[str, Boxes], *, where: str) -> None:
+    """Refuses detections without scores: BoxesError that names the first image."""
+    bare = [image for image, found in boxes.items() if not np.isfinite(found.score).all()]
+    if bare:
+        raise BoxesError(
+            f"{where}: detections of {bare[0]} have no score: an FROC needs one for each (in XML: <confidence>)"
+        )
+
+
+def _number(path: pathlib.Path, line: int, name: str, text: str | None) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise BoxesError(f"{path}, line {line}: {name} is {text!r}: give a number")
+    return value
+
+
+def read_names(path: str | os.PathLike) -> Sequence[str]:
+    """Names of images: a text file with one on each line, or a folder of them."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return sorted({image_name(file.name) for file in path.iterdir() if file.suffix.lower() in IMAGE_ENDINGS})
+    return [image_name(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

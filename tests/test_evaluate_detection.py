@@ -1,0 +1,109 @@
+"""evaluate_detection: a third party's detections of real cells, and what is refused or taken for granted."""
+
+import csv
+import json
+import shutil
+
+import pytest
+
+from data_pipelines.boxes import BoxesError, read_box_folder, read_box_table
+from tests import programs
+from tests.programs import one_line
+
+BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+VOC = "<annotation><object><name>cell</name>{}" + BOX + "</object></annotation>"
+
+
+@pytest.fixture(scope="module")
+def evaluating():
+    with programs.imported("evaluate_detection") as module:
+        yield module
+
+
+@pytest.fixture
+def small(tmp_path):
+    """One annotated image with one box, two normal ones, and a table of detections."""
+    (tmp_path / "truth").mkdir()
+    (tmp_path / "truth" / "with space.xml").write_text(VOC.format("", 10, 10, 50, 50))
+    (tmp_path / "normal.txt").write_text("n1.jpeg\nn2.jpeg\n")
+    lines = ["image,x1,y1,x2,y2,score", "img/with space.jpeg,12,12,50,50,0.8", "n1.jpeg,0,0,9,9,0.9", "n2.jpeg,,,,,"]
+    (tmp_path / "found.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+def evaluate(module, root, **values):
+    given = {
+        "truth": root / "truth",
+        "detections": root / "found.csv",
+        "normal": root / "normal.txt",
+        "out": root / "out",
+    }
+    return programs.start(module, **{**given, **values})
+
+
+def test_yolov3_on_digestpath(evaluating, shared_data, tmp_path):
+    root = shared_data / "patches" / "digestpath_signet_ring"
+    outcome = programs.start(evaluating, truth=root / "gt", detections=root / "predicted_yolov3", out=tmp_path)
+    assert outcome.status == 0, outcome.err
+    expected = json.loads((shared_data / "reference" / "digestpath_yolov3_greedy_match_counts.json").read_text())
+    with open(tmp_path / "images.csv", newline="") as file:
+        rows = {f"{row['image']}.xml": row for row in csv.DictReader(file)}
+    for name, counts in expected.items():
+        found = {"gt": rows[name]["annotated"], "pred": rows[name]["detected"], "tp": rows[name]["matched"]}
+        assert found == {key: str(counts["iou0.3"][key]) for key in found}
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["instance recall"]["value"] == pytest.approx(147 / 154)
+    assert "not scored" in outcome.out  # a fourth file of detections has no annotation
+
+
+def test_numbers_with_normal_images(evaluating, small):
+    outcome = evaluate(evaluating, small, challenge=True)
+    assert outcome.status == 0, outcome.err
+    metrics = json.loads((small / "out" / "metrics.json").read_text())
+    assert metrics["instance recall"]["value"] == 1
+    assert metrics["false positives per normal image"]["value"] == 0.5
+    assert metrics["100 - false positives"]["value"] == 99.5
+    assert metrics["FROC (mean recall)"]["value"] == 1  # at one per image, two are allowed, and there is one
+    assert (small / "out" / "report.html").exists()
+
+
+def test_what_was_not_detected_is_said(evaluating, small):
+    (small / "found.csv").write_text("image,x1,y1,x2,y2,score\nwith space,12,12,50,50,0.8\nother,1,1,2,2,0.5\n")
+    outcome = evaluate(evaluating, small)
+    assert outcome.status == 0
+    assert "no detections are given for n1, n2: taken as none found" in outcome.out
+    assert "detections in other are not scored" in outcome.out
+
+
+def test_what_cannot_be_scored_is_refused(evaluating, small):
+    (small / "normal.txt").write_text("with space.jpeg\n")
+    assert "only one" in one_line(evaluate(evaluating, small))
+    (small / "normal.txt").write_text("n1\n")
+    (small / "found.csv").write_text("image,x1,y1,x2,y2,score\nx,1,1,2,2,1\n")
+    assert "no image of --truth" in one_line(evaluate(evaluating, small))
+    shutil.rmtree(small / "truth")
+    (small / "truth").mkdir()
+    (small / "truth" / "e.xml").write_text("<annotation></annotation>")
+    assert "no annotated box" in one_line(evaluate(evaluating, small))
+
+
+def test_tables_and_folders(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("image,x1,y1,x2,y2\n")
+    with pytest.raises(BoxesError, match="no column score"):
+        read_box_table(table)
+    table.write_text("image,x1,y1,x2,y2,confidence\na,1,2,3,nan,0.5\n")
+    with pytest.raises(BoxesError, match="line 2: y2 is 'nan'"):
+        read_box_table(table)
+    for ending in ("xml", "json"):
+        (tmp_path / f"a.{ending}").write_text("<annotation></annotation>")
+    with pytest.raises(BoxesError, match="two files for the image a"):
+        read_box_folder(tmp_path)
+
+
+def test_detections_without_scores_are_refused(evaluating, small):
+    (small / "found").mkdir()
+    (small / "found" / "with space.xml").write_text(VOC.format("", 12, 12, 50, 50))
+    assert "have no score" in one_line(evaluate(evaluating, small, detections=small / "found"))
+    (small / "found" / "with space.xml").write_text(VOC.format("<confidence>0.5</confidence>", 12, 12, 50, 50))
+    assert evaluate(evaluating, small, detections=small / "found").status == 0
