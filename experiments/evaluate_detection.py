@@ -97,6 +97,8 @@ def metrics() -> dict[str, Metric]:
         chosen[froc] = lambda images, normal: float(recall(images, normal).mean())
         for place, rate in enumerate(FP_RATES):
             chosen[f"recall at {rate} false positives"] = functools.partial(_recall_at, recall, place)
+        if _CHALLENGE.value:
+            chosen["100 - false positives"] = lambda images, normal: challenge_false_positives(normal)
     return chosen
 
 
