@@ -1,37 +1,35 @@
-"""Convolutions in two formulations: `lax` convolutions on GPU and TPU, sums and matrix products on CPU.
+"""Convolutions in the formulation that is fastest where they run: `lax` on GPU and TPU, chosen by shape on CPU.
 
-XLA:CPU runs a grouped convolution 50 to 126 times slower than oneDNN does, and its dense convolution of an image of
-three channels 7 times slower. Written as shifted multiply-adds and as matrix products, the same sums are fast there.
-The platform is chosen when a computation is lowered, inside each function: callers never ask where they run.
-All arrays are NHWC. Padding is ((top, bottom), (left, right)) in pixels and may be asymmetric.
+XLA:CPU multiplies matrices fast, faster than torch does; its own convolutions lose on images of few channels and where
+the sums can be had with fewer multiplications. The platform is chosen when a computation is lowered, inside each
+function: callers never ask where they run. All arrays are NHWC. Padding is ((top, bottom), (left, right)) in pixels and
+may be asymmetric.
 
-The gradients are written out, because derived ones are slow on CPU for three reasons, each worth up to a factor of two:
+Some gradients are written out, because derived ones are slow on CPU for three reasons, each worth up to a factor of two:
 XLA transposes the wider factor of a product, recomputes a convolution inside every sum that reads it, and keeps the
 intermediate values of an activation. `lax.optimization_barrier` is what tells it not to.
 """
 
 import functools
-import itertools
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Padding = tuple[tuple[int, int], tuple[int, int]]
+from srcc_jax.kernels.depthwise import depthwise_conv, depthwise_conv_transpose
+from srcc_jax.kernels.shifts import Padding, lax_conv, lax_conv_transpose, pad_image, taps
+from srcc_jax.kernels.winograd import winograd_conv
 
+__all__ = ["Padding", "conv", "conv_transpose", "depthwise_conv", "pointwise_conv", "silu"]
 
-def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
-    """Depthwise convolution: x [B, H, W, C], kernel [k, k, 1, C] -> [B, H', W', C].
-
-    H' = (H + top + bottom - k) // stride + 1, W' likewise.
-    """
-    return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=lambda x, kernel: _shifted_conv(x, kernel, stride, padding),
-        default=functools.partial(_lax_conv, stride=stride, padding=padding, groups=x.shape[3]),
-    )
+# Where the formulations meet on CPU, measured on AVX-512 with one or two images at a time on a core
+_SMALL_MAP = 12 * 12  # output pixels up to which the weights, not the pixels, are most of what is moved
+_FEW_INPUTS, _FEW_OUTPUTS = 4, 32  # channels
+_WINOGRAD_CHANNELS = 32  # fewer, and transforming the pixels costs more than the products
+_CACHED_VALUES = 2**21  # of an image that stays in cache when transformed, which makes it four times as large;
+_WINOGRAD_UNCACHED_CHANNELS = 128  # a larger one needs as many as this
+_WINOGRAD_PIXELS = 256 * 256  # and is never larger than this, for memory
 
 
 def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -39,14 +37,31 @@ def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _product(x, kernel[0, 0])
 
 
-def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding) -> jax.Array:
-    """Dense convolution: x [B, H, W, C], kernel [k, k, C, F] -> [B, H', W', F]."""
+def conv(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Padding, dilation: int = 1) -> jax.Array:
+    """Dense convolution: x [B, H, W, C], kernel [k, k, C, F] -> [B, H', W', F].
+
+    H' = (H + top + bottom - dilation · (k - 1) - 1) // stride + 1, W' likewise.
+    """
+    settings: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=functools.partial(_columns_product, stride=stride, padding=padding),
-        default=functools.partial(_lax_conv, stride=stride, padding=padding, groups=1),
+        x, kernel, cpu=functools.partial(_cpu_conv, **settings), default=functools.partial(lax_conv, **settings)
     )
+
+
+def conv_transpose(
+    x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, output_padding: int = 0, depthwise: bool = False
+) -> jax.Array:
+    """Transposed convolution, torch's conv_transpose2d: x [B, H, W, C], kernel [k, k, C, F] -> [B, H', W', F].
+
+    Each pixel lays the kernel, weighted, on the output: out[stride · i + a - padding] += x[i] @ kernel[a], along both
+    axes. H' = (H - 1) · stride - 2 · padding + k + output_padding. depthwise: kernel [k, k, C, 1], each channel by itself.
+    """
+    settings: dict[str, Any] = {"stride": stride, "padding": padding, "output_padding": output_padding}
+    if depthwise:
+        return depthwise_conv_transpose(x, kernel, **settings)
+    if kernel.shape[:2] == (stride, stride) and padding == output_padding == 0:
+        return _blocks_product(x, kernel)
+    return lax_conv_transpose(x, kernel, **settings)
 
 
 @jax.custom_vjp
@@ -95,110 +110,53 @@ def _product_backward(residuals, dy):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _lax_conv(x, kernel, *, stride: int, padding: Padding, groups: int) -> jax.Array:
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
-    )
+def _cpu_conv(x, kernel, *, stride: int, padding: Padding, dilation: int) -> jax.Array:
+    """The formulation that is fastest for this shape. The choice does not depend on the batch: results neither do."""
+    k, _, inputs, outputs = kernel.shape
+    settings: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    rows, columns = ((n + sum(sides) - dilation * (k - 1) - 1) // stride + 1 for n, sides in zip(x.shape[1:3], padding))
+    if inputs <= _FEW_INPUTS and outputs <= _FEW_OUTPUTS and dilation == 1:
+        return _blocked_conv(x, kernel, stride=stride, padding=padding)
+    if k == 1 or rows * columns <= _SMALL_MAP:
+        return _columns_product(x, kernel, **settings)
+    if (k, stride, dilation) == (3, 1, 1) and x.dtype.itemsize >= 4 and rows * columns <= _WINOGRAD_PIXELS:
+        cached = rows * columns * max(inputs, outputs) <= _CACHED_VALUES
+        if min(inputs, outputs) >= (_WINOGRAD_CHANNELS if cached else _WINOGRAD_UNCACHED_CHANNELS):
+            return winograd_conv(x, kernel, padding)
+    return lax_conv(x, kernel, **settings)
 
 
-def _taps(padded: jax.Array, size: tuple[int, int], stride: int) -> list[jax.Array]:
-    """What each tap of a kernel of `size` sees of the padded image: arrays [B, H', W', C], in the order of its rows."""
-    b, h, w, c = padded.shape
-    return [
-        lax.slice(padded, (0, i, j, 0), (b, h - size[0] + i + 1, w - size[1] + j + 1, c), (1, stride, stride, 1))
-        for i, j in itertools.product(range(size[0]), range(size[1]))
-    ]
-
-
-def _columns_product(x, kernel, *, stride: int, padding: Padding) -> jax.Array:
+def _columns_product(x, kernel, *, stride: int, padding: Padding, dilation: int) -> jax.Array:
     """The dense convolution as one matrix product of the taps side by side (im2col)."""
-    taps = _taps(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel.shape[:2], stride)
-    return _product(jnp.concatenate(taps, axis=-1), kernel.reshape(-1, kernel.shape[3]))
+    seen = taps(pad_image(x, padding), kernel.shape[:2], stride, dilation)
+    return _product(jnp.concatenate(seen, axis=-1), kernel.reshape(-1, kernel.shape[3]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _shifted_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    """The depthwise convolution as shifted multiply-adds, which XLA fuses into one loop."""
-    return _shifted_conv_forward(x, kernel, stride, padding)[0]
+def _blocked_conv(x, kernel, *, stride: int, padding: Padding) -> jax.Array:
+    """The dense convolution with neighbouring columns as channels: XLA:CPU is slow where channels do not fill a vector.
 
-
-def _shifted_conv_forward(x, kernel, stride, padding):
-    """Keeps the padded image, which both passes read, so that the unpadded one need not be in memory."""
-    padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), *padding, (0, 0))))
-    taps = _taps(padded, kernel.shape[:2], stride)
-    weights = kernel.reshape(len(taps), 1, 1, 1, -1)
-    return functools.reduce(jnp.add, (tap * weight for tap, weight in zip(taps, weights))), (padded, kernel)
-
-
-def _shifted_conv_backward(stride, padding, residuals, dy):
-    padded, kernel = residuals
-    size = padded.shape[1] - sum(padding[0]), padded.shape[2] - sum(padding[1])
-    dx = lax.optimization_barrier(_input_gradient(dy, kernel, size, stride, padding))
-    return dx, _kernel_gradient(padded, dy, kernel.shape, stride)
-
-
-_shifted_conv.defvjp(_shifted_conv_forward, _shifted_conv_backward)
-
-
-def _input_gradient(dy, kernel, size: tuple[int, int], stride: int, padding: Padding) -> jax.Array:
-    """dx [B, *size, C]: stride² phases, each a sum of unit-stride shifts of dy, interleaved."""
-    (top, _), (left, _) = padding
-    b, _, _, c = dy.shape
-    phases = -(-size[0] // stride), -(-size[1] // stride)
-    rows = [
-        jnp.stack([_phase(dy, kernel, phases, stride, (top + a, left + e)) for e in range(stride)], axis=3)
-        for a in range(stride)
+    `block` output columns become channels of one, made of stride · block input columns each. The kernel repeats itself
+    for each output of a block, shifted by `stride`, among zeros.
+    """
+    (k, _, inputs, outputs), (b, _, width, _) = kernel.shape, x.shape
+    columns = (width + sum(padding[1]) - k) // stride + 1
+    block = min(_FEW_OUTPUTS // outputs, k, columns)
+    step, blocks = stride * block, -(-columns // block)
+    seen = -(-((block - 1) * stride + k) // step)  # input blocks that one output block sees
+    missing = step * (blocks + seen - 1) - width - padding[1][0]
+    image = pad_image(x, (padding[0], (padding[1][0], missing)))
+    image = image.reshape(b, -1, blocks + seen - 1, step * inputs)
+    shifted = [
+        jnp.pad(kernel, ((0, 0), (stride * j, step * seen - k - stride * j), (0, 0), (0, 0))) for j in range(block)
     ]
-    dx = jnp.stack(rows, axis=2).reshape(b, stride * phases[0], stride * phases[1], c)
-    return dx[:, : size[0], : size[1]]
+    wide = jnp.stack(shifted, axis=3).reshape(k, seen, step * inputs, block * outputs)
+    out = lax.conv_general_dilated(image, wide, (stride, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return out.reshape(b, -1, blocks * block, outputs)[:, :, :columns]
 
 
-def _phase(dy, kernel, size: tuple[int, int], stride: int, offset: tuple[int, int]) -> jax.Array:
-    """One phase [B, *size, C] of dx: its rows stride·m + offset - padding, m = 0, 1, ..., and its columns likewise.
-
-    Tap i of the kernel brings to row m what dy holds in row m + (offset - i) / stride, where that division is exact.
-    """
-    rows, columns = (
-        [(tap, (start - tap) // stride) for tap in range(length) if (start - tap) % stride == 0]
-        for start, length in zip(offset, kernel.shape[:2])
-    )
-    shifts = [shift for _, shift in rows + columns]
-    before, furthest = max(0, -min(shifts, default=0)), max(0, max(shifts, default=0))
-    below, right_of = (max(0, furthest + length - have) for length, have in zip(size, dy.shape[1:3]))
-    around = jnp.pad(dy, ((0, 0), (before, below), (before, right_of), (0, 0)))
-    total = jnp.zeros((dy.shape[0], *size, dy.shape[3]), dy.dtype)
-    for (i, down), (j, right) in itertools.product(rows, columns):
-        top, left = before + down, before + right
-        total = total + around[:, top : top + size[0], left : left + size[1]] * kernel[None, i, None, j]
-    return total
-
-
-def _kernel_gradient(padded, dy, shape: tuple[int, ...], stride: int) -> jax.Array:
-    """The kernel's gradient, of `shape`, image by image and tap by tap: what one product reads stays in the cache.
-
-    The batch is cut into as many groups as there are devices, which go side by side. Sharded over the devices it then
-    stays where it is; one loop over the whole batch would bring every image to every device.
-    """
-    groups = math.gcd(padded.shape[0], jax.device_count())
-    padded, dy = (a.reshape(groups, -1, *a.shape[1:]) for a in (padded, dy))
-    total = jax.vmap(functools.partial(_group_kernel_gradient, shape=shape, stride=stride))(padded, dy)
-    return total.sum(0).reshape(shape)
-
-
-def _group_kernel_gradient(padded, dy, *, shape: tuple[int, ...], stride: int) -> jax.Array:
-    """[k·k, C] of one group. A product with ones sums the pixels: XLA:CPU has no fast sum of products over them."""
-    height, width, _, channels = shape
-    images, rows, columns = dy.shape[:3]
-    seen = (stride * (rows - 1) + 1, stride * (columns - 1) + 1, channels)
-    ones = jnp.ones((1, rows * columns), dy.dtype)
-
-    def image_gradient(b, total):
-        image, dy_image = padded[b], dy[b]
-
-        def tap_gradient(tap):
-            window = lax.dynamic_slice(image, (tap // width, tap % width, 0), seen)[::stride, ::stride]
-            return (ones @ (window * dy_image).reshape(-1, channels))[0]
-
-        return total + lax.map(tap_gradient, jnp.arange(height * width))
-
-    return lax.fori_loop(0, images, image_gradient, jnp.zeros((height * width, channels), dy.dtype))
+def _blocks_product(x, kernel) -> jax.Array:
+    """The transposed convolution whose kernels lie side by side: one product, whose columns are the pixels of a block."""
+    (b, h, w, _), (k, _, _, outputs) = x.shape, kernel.shape
+    matrix = kernel.transpose(2, 0, 1, 3).reshape(-1, k * k * outputs)
+    blocks = _product(x, matrix).reshape(b, h, w, k, k, outputs)
+    return blocks.swapaxes(2, 3).reshape(b, h * k, w * k, outputs)

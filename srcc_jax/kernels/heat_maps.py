@@ -73,6 +73,16 @@ class TileMapAverage:
             self._sum[row : row + side, column : column + side] += tile_map
         np.add.at(self._times, rows, 1)
 
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """What was gathered so far, as copies that `restore` takes: sums of the cells [H, W], times that each tile came [N]."""
+        return self._sum.copy(), self._times.copy()
+
+    def restore(self, total: np.ndarray, times: np.ndarray) -> None:
+        """Goes on from the `sums` of a map of the same tiles; what follows gives the same result to the bit. ValueError if not."""
+        if total.shape != self._sum.shape or times.shape != self._times.shape:
+            raise ValueError(f"sums of a map {total.shape} of {times.shape} tiles do not fit one {self._sum.shape}")
+        self._sum, self._times = total.astype(np.float32), times.astype(np.int32)
+
     def result(self) -> HeatMap:
         count = self._placed.coverage(self._times)
         values = np.divide(self._sum, count, out=np.full_like(self._sum, np.nan), where=count > 0)

@@ -192,7 +192,8 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """x [B, H, W, 3], normalised -> logits [B, classes], features [B, D] (pooled, before dropout), maps [B, h, w, D].
+    """x [B, H, W, 3], normalised -> logits [B, classes], features [B, D] (pooled, before dropout), maps [B, h, w, D], and the
+    maps along the way: stage1 [B, h, w, C], stage2, ..., the last of each stage. With `classes` 0 it has no logits.
 
     train: batch statistics, stochastic depth and dropout (a "dropout" key is needed where a rate is above 0).
     freeze_norm: keep BatchNorm in inference mode while training, for an epoch in which the trunk is frozen.
@@ -210,13 +211,18 @@ class EfficientNet(nn.Module):
         conv_norm = functools.partial(ConvNorm, activation=activation, conventions=arch, folded=self.folded)
         x = x.astype(arch.dtype)
         x = conv_norm(arch.stem_filters, size=3, stride=2, name="stem")(x, train=train_norm)
+        outputs: dict[str, jax.Array] = {}
         for block in arch.blocks():
             x = MBConv(block, arch, self.folded, name=block.name)(x, train=train, train_norm=train_norm)
+            outputs[f"stage{block.stage}"] = x
         maps = conv_norm(arch.head_filters, name="top")(x, train=train_norm)
         features = maps.mean((1, 2), dtype=jnp.float32)
-        kept = nn.Dropout(arch.dropout, deterministic=not train)(features)
-        classifier = nn.Dense(arch.classes, kernel_init=nn.initializers.glorot_uniform(), name="classifier")
-        return {"logits": classifier(kept), "features": features, "maps": maps}
+        outputs |= {"features": features, "maps": maps}
+        if arch.classes:
+            kept = nn.Dropout(arch.dropout, deterministic=not train)(features)
+            classifier = nn.Dense(arch.classes, kernel_init=nn.initializers.glorot_uniform(), name="classifier")
+            outputs["logits"] = classifier(kept)
+        return outputs
 
 
 def build(architecture: EfficientNetArchitecture, *, folded: bool = False) -> EfficientNet:

@@ -24,6 +24,7 @@ class EfficientNetNaming:
     block: Callable[[Block, int, list[str]], dict[str, Pair]]
     leaf: Callable[[Path], tuple[str, tuple[int, ...]]]
     separator: str
+    unread: tuple[str, ...] = ()
 
     @property
     def classifier_bias(self) -> str:

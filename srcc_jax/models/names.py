@@ -17,18 +17,31 @@ Path = tuple[str, ...]  # of an array among our variables: collection, modules, 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where an array of a file belongs among our variables. axes: the permutation from the file's axes to ours."""
+    """Where an array of a file belongs among our variables.
+
+    axes: the permutation from the file's axes to ours. trailing_ones: so many axes of length 1 end the file's array besides (a
+    dense layer written as a 1×1 convolution); an array without them is read too.
+    """
 
     target: Path
     axes: tuple[int, ...]
+    trailing_ones: int = 0
+
+    def shape(self, array: np.ndarray) -> tuple[int, ...] | None:
+        """Of an array of the file in our layout; None where it has other axes than it should."""
+        length, ones = len(self.axes), (1,) * self.trailing_ones
+        if array.shape[length:] not in ((), ones) or array.ndim < length:
+            return None
+        return tuple(array.shape[axis] for axis in self.axes)
 
     def read(self, array: np.ndarray) -> np.ndarray:
         """An array of the file in our layout."""
-        return np.transpose(array, self.axes)
+        return np.transpose(array.reshape(array.shape[: len(self.axes)]), self.axes)
 
     def write(self, array: np.ndarray) -> np.ndarray:
         """An array of ours in the file's layout."""
-        return np.transpose(array, np.argsort(self.axes))
+        array = np.transpose(array, np.argsort(self.axes))
+        return array.reshape(array.shape + (1,) * self.trailing_ones)
 
 
 class Naming(Protocol):
@@ -42,6 +55,10 @@ class Naming(Protocol):
     def classifier_bias(self) -> str:
         """The name of the array that has one value for each class."""
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Names that the library's files may hold besides, of arrays that its own network does not use."""
+
     def table(self, architecture: Any) -> dict[str, Entry]:
         """Name in the file -> Entry, for every array of the network."""
 
@@ -53,6 +70,9 @@ TORCH_LEAVES: Leaves = {
     ("kernel", 4): ("weight", (2, 3, 1, 0)),
     ("kernel", 2): ("weight", (1, 0)),
     ("transposed_kernel", 4): ("weight", (2, 3, 0, 1)),
+    ("score_kernel", 4): ("weight", (2, 3, 1, 0)),
+    ("zero_kernel", 4): ("weight", (2, 3, 1, 0)),
+    ("bilinear_kernel", 4): ("weight", (2, 3, 0, 1)),
     ("bias", 1): ("bias", (0,)),
     ("scale", 1): ("weight", (0,)),
     ("shift", 1): ("bias", (0,)),
@@ -84,6 +104,7 @@ class ModuleNaming:
     module: Callable[[Any, Path], str]
     leaves: Leaves
     separator: str = "."
+    unread: tuple[str, ...] = ()  # names of arrays that the library's files may hold and its network does not use
 
     def table(self, architecture: Architecture) -> dict[str, Entry]:
         """Name in the file -> Entry, for every array of the network."""

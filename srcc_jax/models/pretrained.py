@@ -5,7 +5,9 @@ Weights are right only under the conventions they were trained with (padding, Ba
 architecture's. Every array of the file must be used and every array of the network filled.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,11 +16,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from srcc_jax.models import zoo
 from srcc_jax.models.architecture import IMAGENET_STD, Architecture
-from srcc_jax.models.names import Entry
+from srcc_jax.models.layers import variable_shapes
+from srcc_jax.models.names import Entry, Path
 
 Arrays = Mapping[str, np.ndarray]
 
-_CLASSIFIER = ("params", "classifier")
 _MEAN, _VARIANCE, _COUNT = (f"normalization/{name}" for name in ("mean", "variance", "count"))
 
 
@@ -27,11 +29,15 @@ class PretrainedError(ValueError):
 
 
 def detect_naming(arrays: Arrays, architecture: Architecture) -> str:
-    """The key of the family's namings under which most of the arrays are found in the network's table."""
+    """The key of the family's namings under which most of the arrays are found in the network's table; of equals, that of the
+    architecture's source."""
     names, namings = set(_canonical(arrays)), zoo.family(architecture.name).namings
-    hits = {key: len(names & set(_table(key, architecture))) for key in namings}
+    hits = {
+        key: (len(names & {*_table(key, architecture), *naming.unread}), architecture.source in naming.sources)
+        for key, naming in namings.items()
+    }
     best = max(hits, key=hits.__getitem__)
-    if not hits[best]:
+    if not hits[best][0]:
         raise PretrainedError(
             f"none of the {len(names)} weights has a name that {', '.join(namings)} give to {architecture.name}; "
             f"the first names are {', '.join(sorted(names)[:5])}"
@@ -39,28 +45,38 @@ def detect_naming(arrays: Arrays, architecture: Architecture) -> str:
     return best
 
 
-def _table(key: str, architecture: Architecture) -> dict[str, Entry]:
-    """The table of a naming: of the network itself, or as the library would make it where the conventions are another's."""
+@functools.lru_cache(maxsize=64)  # a network has to be traced for it
+def _table(key: str, architecture: Architecture) -> Mapping[str, Entry]:
+    """The table of a naming: of the network itself, or as the library would make it where the conventions are another's. Empty
+    where the library does not have this variant."""
     family = zoo.family(architecture.name)
     naming = family.namings[key]
     if architecture.source not in naming.sources:
-        architecture = family.architecture(architecture.name, source=naming.sources[0], classes=architecture.classes)
+        try:
+            architecture = family.architecture(
+                architecture.name, source=naming.sources[0], classes=architecture.classes
+            )
+        except ValueError:
+            return {}
     return naming.table(architecture)
 
 
 def source_conventions(
-    arrays: Arrays, variant: str, *, source: str | None = None, classes: int | None = None
+    arrays: Arrays, variant: str, *, source: str | None = None, classes: int | None = None, **changes: Any
 ) -> Architecture:
     """The architecture that a file's weights were trained as: variant (one of zoo.VARIANTS) and conventions.
 
     source: a key of the family's sources, needed where the names do not tell it (timm gives the same names to its own
-    weights and to TensorFlow's). classes: of the network to be built; by default those of the file's classifier.
+    weights and to TensorFlow's). classes: of the network to be built; by default those of the file's classifier; 0: none.
+    changes: fields of the family's architecture, where the file has another shape (`stages` of a ResNet that ends early).
     """
     family = zoo.family(variant)
-    naming = family.namings[
-        detect_naming(arrays, family.architecture(variant, source=next(iter(family.sources)), classes=1))
-    ]
-    if source is None and len(naming.sources) > 1:
+    try:
+        supposed = family.architecture(variant, source=source or next(iter(family.sources)), classes=1)
+    except ValueError as error:
+        raise PretrainedError(str(error)) from error
+    naming = family.namings[detect_naming(arrays, supposed)]
+    if source is None and len({family.sources[name] for name in naming.sources}) > 1:
         raise PretrainedError(
             "the names of the weights come with different conventions: name their source, one of "
             f"{', '.join(naming.sources)} (timm: efficientnet_*; timm_tf: tf_efficientnet_*; timm_tf_ap: tf_efficientnet_*.ap_*)"
@@ -76,7 +92,8 @@ def source_conventions(
                 f"the file has no classifier ({naming.classifier_bias}): say how many classes the network is to have"
             )
         classes = len(known[naming.classifier_bias])
-    return family.architecture(variant, source=source or naming.sources[0], classes=classes, **_image_scaling(known))
+    changes |= _image_scaling(known)
+    return family.architecture(variant, source=source or naming.sources[0], classes=classes, **changes)
 
 
 def load(
@@ -84,24 +101,66 @@ def load(
 ) -> dict[str, Any]:
     """Variables of `zoo.build(architecture)` filled with the arrays of a file, as float32.
 
-    variables: fresh ones, or only their shapes where the head is not replaced. replace_head: keep the classifier of
-    `variables` and leave the file's, where it has one, unread. Otherwise every array of the file is used and every
+    variables: fresh ones, or only their shapes where the head is not replaced. replace_head: keep the head of `variables`,
+    which may have none, and leave the file's, where it has one, unread. Otherwise every array of the file is used and every
     variable filled, or one PretrainedError lists all that does not fit.
     """
-    naming = detect_naming(arrays, architecture)
-    if architecture.source not in zoo.family(architecture.name).namings[naming].sources:
-        raise PretrainedError(
-            f"the weights have {naming}'s names, the architecture the conventions of {architecture.source}: "
-            f"make the architecture with source_conventions(weights, {architecture.name!r})"
-        )
-    known, fresh = _canonical(arrays), flatten_dict(variables)
+    naming, known, fresh = _naming(arrays, architecture), _canonical(arrays), flatten_dict(variables)
     _check_image_scaling(known, architecture)
-    table = _table(naming, architecture)
-    head = {name for name, entry in table.items() if replace_head and entry.target[:2] == _CLASSIFIER}
-    table = {name: entry for name, entry in table.items() if name not in head}
-    _check_total({name: known[name] for name in known if name not in head}, table, fresh)
-    filled = {entry.target: jnp.asarray(entry.read(known[name]), jnp.float32) for name, entry in table.items()}
-    return unflatten_dict(fresh | filled)
+    table, unread = _table(naming, architecture), set(_unread(naming, architecture))
+    if replace_head:
+        head = _head(architecture)
+        whole = _table(naming, dataclasses.replace(architecture, classes=max(1, architecture.classes)))
+        unread |= {name for name, entry in whole.items() if entry.target in head}
+        table = {name: entry for name, entry in table.items() if name not in unread}
+    _check_total(_without(known, unread), table, fresh, architecture)
+    return _filled(known, table, fresh)
+
+
+def load_trunk(
+    arrays: Arrays,
+    architecture: Architecture,
+    variables: Mapping[str, Any],
+    *,
+    module: str = "",
+    keep: Collection[str] = (),
+) -> dict[str, Any]:
+    """Variables of a network that contains a classifier's trunk, with that trunk filled, as float32.
+
+    architecture: of the classifier that the file holds, as `source_conventions` gives it. module: the name of the trunk in
+    the network; "": the network is the trunk. The trunk may end before the classifier does: what the file has beyond (later
+    stages, head) stays unread, and so does what it has for the modules in `keep`, which stay as they are in `variables` (a stem
+    of another shape). Every other array of the file is used and every variable of the trunk filled, or one
+    PretrainedError lists all that does not fit.
+    """
+    naming, known, fresh = _naming(arrays, architecture), _canonical(arrays), flatten_dict(variables)
+    place = (module,) if module else ()
+    whole = {
+        name: dataclasses.replace(entry, target=(entry.target[0], *place, *entry.target[1:]))
+        for name, entry in _table(naming, architecture).items()
+    }
+    trunk = {path for path in fresh if path[1 : 1 + len(place)] == place and path[1 + len(place)] not in keep}
+    table = {name: entry for name, entry in whole.items() if entry.target in trunk}
+    strange = sorted("/".join(path) for path in trunk - {entry.target for entry in table.values()})
+    if strange or not trunk:
+        raise PretrainedError(
+            f"the trunk {module!r} is not that of {architecture.name}, which has no {', '.join(strange) or 'such module'}"
+        )
+    _check_total(_without(known, {*_unread(naming, architecture), *(whole.keys() - table.keys())}), table, fresh, None)
+    return _filled(known, table, fresh)
+
+
+def transfer(trained: Mapping[str, Any], variables: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """Fresh variables of an architecture with their trunk taken from trained ones of the same network, whose classes and
+    later stages may be others. The head stays fresh. PretrainedError names all that is not there in this shape."""
+    ours, fresh, head = flatten_dict(trained), flatten_dict(variables), _head(architecture)
+    wanted = {path: leaf.shape for path, leaf in fresh.items() if path not in head}
+    wrong = ["/".join(path) for path, shape in wanted.items() if path not in ours or ours[path].shape != shape]
+    if wrong:
+        raise PretrainedError(
+            f"{len(wrong)} of {len(wanted)} arrays of {architecture.name} are not among the weights: {', '.join(wrong)}"
+        )
+    return unflatten_dict(fresh | {path: jnp.asarray(ours[path], jnp.float32) for path in wanted})
 
 
 def export(variables: Mapping[str, Any], architecture: Architecture, naming: str) -> dict[str, np.ndarray]:
@@ -111,27 +170,64 @@ def export(variables: Mapping[str, Any], architecture: Architecture, naming: str
     return {name: entry.write(np.asarray(ours[entry.target])) for name, entry in table.items()}
 
 
-def _check_total(known: Arrays, table: Mapping[str, Entry], fresh: Mapping[tuple[str, ...], Any]) -> None:
-    """One error for all: what the file lacks, what the network has no place for, and what has another shape."""
+def _naming(arrays: Arrays, architecture: Architecture) -> str:
+    """The key of the file's naming. PretrainedError where it is not one of the architecture's source."""
+    key = detect_naming(arrays, architecture)
+    if architecture.source not in zoo.family(architecture.name).namings[key].sources:
+        raise PretrainedError(
+            f"the weights have {key}'s names, the architecture the conventions of {architecture.source}: "
+            f"make the architecture with source_conventions(weights, {architecture.name!r})"
+        )
+    return key
+
+
+def _unread(naming: str, architecture: Architecture) -> tuple[str, ...]:
+    return zoo.family(architecture.name).namings[naming].unread
+
+
+def _head(architecture: Architecture) -> set[Path]:
+    """The arrays whose shape depends on the number of classes."""
+    one, two = (
+        flatten_dict(variable_shapes(zoo.build(dataclasses.replace(architecture, classes=classes))))
+        for classes in (1, 2)
+    )
+    return {path for path, leaf in one.items() if leaf.shape != two[path].shape}
+
+
+def _without(known: Arrays, names: Collection[str]) -> dict[str, np.ndarray]:
+    return {name: array for name, array in known.items() if name not in names}
+
+
+def _filled(known: Arrays, table: Mapping[str, Entry], fresh: Mapping[Path, Any]) -> dict[str, Any]:
+    filled = {entry.target: jnp.asarray(entry.read(known[name]), jnp.float32) for name, entry in table.items()}
+    return unflatten_dict({**fresh, **filled})
+
+
+def _check_total(
+    known: Arrays, table: Mapping[str, Entry], fresh: Mapping[Path, Any], architecture: Architecture | None
+) -> None:
+    """One error for all: what the file lacks, what the network has no place for, and what has another shape.
+
+    architecture: of the network, where its head could be replaced.
+    """
     missing = [name for name in table if name not in known]
     extra = [name for name in known if name not in table and name not in (_MEAN, _VARIANCE, _COUNT)]
     reshaped = [
-        f"{name} {list(known[name].shape)} for {list(fresh[entry.target].shape)} (our layout)"
-        for name, entry in table.items()
-        if name in known and _shape_in_ours(known[name], entry) != fresh[entry.target].shape
+        name for name, entry in table.items() if name in known and entry.shape(known[name]) != fresh[entry.target].shape
     ]
-    problems = {"missing from the file": missing, "without a place in the network": extra, "of another shape": reshaped}
-    if not any(problems.values()):
+    if not (missing or extra or reshaped):
         return
+    shapes = [
+        f"{name} {list(known[name].shape)} for {list(fresh[table[name].target].shape)} (our layout)"
+        for name in reshaped
+    ]
+    problems = {"missing from the file": missing, "without a place in the network": extra, "of another shape": shapes}
     listed = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names)
-    head = any(table[name.split(" ")[0]].target[:2] == _CLASSIFIER for name in missing + reshaped)
-    cure = "; replace_head=True keeps a fresh classifier instead of the file's" if head else ""
-    count = sum(map(len, problems.values()))
+    head = _head(architecture) if architecture else set()
+    replaceable = any(table[name].target in head for name in missing + reshaped)
+    cure = "; replace_head=True keeps a fresh classifier instead of the file's" if replaceable else ""
+    count = len(missing) + len(extra) + len(reshaped)
     raise PretrainedError(f"{count} of {len(table)} weights unmatched: {listed}{cure}")
-
-
-def _shape_in_ours(array: np.ndarray, entry: Entry) -> tuple[int, ...] | None:
-    return tuple(array.shape[axis] for axis in entry.axes) if array.ndim == len(entry.axes) else None
 
 
 def _canonical(arrays: Arrays) -> dict[str, np.ndarray]:
