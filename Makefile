@@ -13,11 +13,11 @@ help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 10
 
 env: $(STAMP)    ## the environment, in .venv
-$(STAMP): requirements.txt requirements-cucim.txt
+$(STAMP): requirements.txt requirements-cucim.txt requirements-export.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: PYTHON=python3.11 make env")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-export.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-cucim.txt || echo "cuCIM is not available here: slides will be read by OpenSlide, slower"
 	@touch $@
 

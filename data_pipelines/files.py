@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,43 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # already renamed, or never begun
             temporary.unlink()
+
+
+def replace_folder(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Gives the folder `temporary`, on the same disk, the name `path`; a folder that stood there is removed.
+
+    A kill in between leaves nothing at `path`, or the new folder; never a mixture. Raises OutputError.
+    """
+    temporary, path = Path(temporary), Path(path)
+    old = temporary.with_name(f".{uuid.uuid4().hex[:8]}.old")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in _CURES:
+            raise OutputError(f"cannot write {path}: {error.strerror}; {_CURES[error.errno]}") from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a new folder beside `path` to write to; it takes the name `path` when the block ends without an error.
+
+    Raises OutputError where something is at `path` already (an empty folder may be), or nothing can be written there.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise OutputError(f"{path} is there already: remove it, or choose another folder")
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
+    try:
+        check_writable(temporary)
+        yield temporary
+        replace_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # already renamed, or never begun
 
 
 def check_writable(folder: str | os.PathLike) -> None:

@@ -3,6 +3,9 @@
 A checkpoint is a pickle that names functions to call, and the bytes of its storages. The unpickler here knows the few
 functions that rebuild tensors, and puts in their place ones that only note what was asked for: nothing that a checkpoint
 names is executed, and any other name in it is refused. Arrays are made afterwards, as read-only views of the storages with checked bounds.
+
+This is the one way in, also where torch is installed: torch.load(weights_only=True) would give the same arrays of the same
+files (it too refuses what is not tensors in plain containers), but its refusals depend on the version that is there.
 """
 
 import collections
@@ -42,6 +45,21 @@ _STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
+# What stands beside the weights in checkpoints of training: its values are not looked at.
+_BESIDE = (
+    "device",
+    "dtype",
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+)
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -96,6 +114,13 @@ def read_torch_legacy(path: Path) -> dict[str, np.ndarray]:
     return _arrays(_state_dict(root), lambda storage: contents[storage.key])
 
 
+class _Beside:
+    """Stands for a device or a type of elements."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+
 class _TensorUnpickler(pickle.Unpickler):
     """Knows what a state_dict is made of, and only notes which tensors it would have. storages: those met, by key."""
 
@@ -104,6 +129,7 @@ class _TensorUnpickler(pickle.Unpickler):
         self.storages: dict[str, _Storage] = {}
         self.known: dict[tuple[str, str], Callable] = {
             ("collections", "OrderedDict"): collections.OrderedDict,
+            ("collections", "Counter"): collections.Counter,
             ("torch", "Size"): tuple,
             ("torch._utils", "_rebuild_tensor"): self._tensor,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
@@ -115,6 +141,8 @@ class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
             return name
+        if module == "torch" and name in _BESIDE:
+            return _Beside
         if (module, name) not in self.known:
             raise pickle.UnpicklingError(
                 f"it asks for {module}.{name}, and only tensors in plain containers are read: "

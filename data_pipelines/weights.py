@@ -3,22 +3,19 @@
 Names and layouts stay as the file has them (see srcc_jax.models.pretrained for what they mean); bfloat16 becomes float32.
 """
 
-import json
-import math
 import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 
-from data_pipelines.torch_checkpoints import LEGACY_START, bfloat16_to_float32, read_torch_legacy, read_torch_zip
+from data_pipelines.safetensors_files import MAX_HEADER, read_metadata, read_safetensors
+from data_pipelines.torch_checkpoints import LEGACY_START, read_torch_legacy, read_torch_zip
 
 MAX_BYTES = 16 * 2**30  # of a file's arrays when expanded; the largest networks here have 0.3 GB
-_MAX_HEADER = 100_000_000  # of a safetensors file, as its definition says
 # What zipfile, h5py and NumPy raise on damaged files.
 _READ_ERRORS = (
     ValueError,
@@ -33,21 +30,6 @@ _READ_ERRORS = (
     zlib.error,
 )
 
-_SAFETENSORS = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "BF16": "<u2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "i1",
-    "U64": "<u8",
-    "U32": "<u4",
-    "U16": "<u2",
-    "U8": "u1",
-    "BOOL": "?",
-}
 # Order in which Keras 3 numbers the variables of a layer, by the layer's class.
 _KERAS_VARIABLES = {
     "conv2d": ("kernel", "bias"),
@@ -69,25 +51,37 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     Raises WeightsError for a file that is missing, damaged, of another kind, or holds anything but arrays.
     """
     path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path}: {'is a folder' if path.is_dir() else 'there is no such file'}")
-    if path.suffix not in _READERS:
-        raise WeightsError(
-            f"{path}: weights are read from {', '.join(_READERS)} files, not from {path.suffix or 'this'}"
-        )
-    kinds, reader = _READERS[path.suffix]
     try:
-        _check_size(path.stat().st_size)
-        found = _kind(path)
-        if found not in kinds:
-            raise ValueError(f"is {found}, not what its ending {path.suffix} says")
-        arrays = reader(path)
+        arrays = _reader(path)(path)
     except _READ_ERRORS as error:
         raise WeightsError(f"{path}: {error}") from error
     if not arrays:
         raise WeightsError(f"{path}: holds no arrays")
     prefixed = all(name.startswith("module.") for name in arrays)
     return {name.removeprefix("module.") if prefixed else name: array for name, array in arrays.items()}
+
+
+def read_texts(path: str | Path) -> dict[str, str]:
+    """The texts that travel in a .safetensors file by name; {} of other files. Raises WeightsError as `read_weights` does."""
+    path = Path(path)
+    try:
+        return read_metadata(path) if _reader(path) is read_safetensors else {}
+    except _READ_ERRORS as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def _reader(path: Path) -> Callable[[Path], dict[str, np.ndarray]]:
+    """What reads the arrays of a file. ValueError where it is not there or not what its ending says."""
+    if not path.is_file():
+        raise ValueError("is a folder" if path.is_dir() else "there is no such file")
+    if path.suffix not in _READERS:
+        raise ValueError(f"weights are read from {', '.join(_READERS)} files, not from {path.suffix or 'this'}")
+    kinds, reader = _READERS[path.suffix]
+    _check_size(path.stat().st_size)
+    found = _kind(path)
+    if found not in kinds:
+        raise ValueError(f"is {found}, not what its ending {path.suffix} says")
+    return reader
 
 
 def _kind(path: Path) -> str:
@@ -100,7 +94,7 @@ def _kind(path: Path) -> str:
         return "a zip archive"
     if head.startswith(LEGACY_START):
         return "a legacy torch file"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER:
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER:
         return "a safetensors file"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer (git lfs pull brings the weights)"
@@ -109,33 +103,6 @@ def _kind(path: Path) -> str:
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
     return read_torch_zip(path) if zipfile.is_zipfile(path) else read_torch_legacy(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Eight bytes with the header's length, the header (JSON: name -> type, shape, first and last byte), the bytes."""
-    content = memoryview(path.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
-    if start > len(content):
-        raise ValueError("the file ends inside its header: download or copy it again")
-    header = json.loads(bytes(content[8:start]))
-    try:
-        return {name: _safetensor(name, e, content[start:]) for name, e in header.items() if name != "__metadata__"}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError("its header is not that of a safetensors file") from error
-
-
-def _safetensor(name: str, entry: dict[str, Any], content: memoryview) -> np.ndarray:
-    kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if kind not in _SAFETENSORS:
-        raise ValueError(f"{name} is of type {kind}; read are {', '.join(_SAFETENSORS)}")
-    dtype = np.dtype(_SAFETENSORS[kind])
-    if not 0 <= first <= last <= len(content) or last - first != math.prod(shape) * dtype.itemsize:
-        raise ValueError(
-            f"{name} has bytes {first} to {last} of {len(content)} for {shape} of {kind}: cut off or damaged"
-        )
-    data = content[first:last]
-    values = bfloat16_to_float32(data) if kind == "BF16" else np.frombuffer(data, dtype)
-    return values.reshape(shape)
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -218,9 +185,10 @@ def _check_size(count: int) -> None:
 
 _TORCH_KINDS = ("a zip archive", "a legacy torch file")
 _READERS: dict[str, tuple[tuple[str, ...], Callable[[Path], dict[str, np.ndarray]]]] = {
-    ".safetensors": (("a safetensors file",), _read_safetensors),
+    ".safetensors": (("a safetensors file",), read_safetensors),
     ".npz": (("a zip archive",), _read_npz),
     ".h5": (("an HDF5 file",), _read_h5),
     ".pth": (_TORCH_KINDS, _read_torch),
     ".pt": (_TORCH_KINDS, _read_torch),
+    ".bin": (_TORCH_KINDS, _read_torch),
 }

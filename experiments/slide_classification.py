@@ -26,16 +26,16 @@ from data_pipelines.shelf import Shelf
 from data_pipelines.tiles import Grid
 from data_pipelines.weights import read_weights
 from experiments.run import settings as settings_module
-from experiments.run.model import Model
+from experiments.run.model import CARD, Model, Network
 from experiments.run.program import Stop, UsageError, run, start_devices
 from experiments.run.settings import config_from_flags, define_flags
 from experiments.run.slides import SlideSet, prepare_slides
 from experiments.run.training import Study, train_supervised, train_weakly
 from experiments.run.workdir import Workdir, WorkdirError, file_hash, versions
 from srcc_jax.methods.slide_classification import Config
-from srcc_jax.models import pretrained
+from srcc_jax.models import efficientnet, pretrained
 from srcc_jax.models.architecture import Architecture
-from srcc_jax.models.zoo import SOURCES, architecture, init
+from srcc_jax.models.zoo import SOURCES, architecture, family, init
 from srcc_jax.parallel import make_mesh, start_distributed
 
 define_flags(Config)
@@ -43,7 +43,9 @@ flags.adopt_module_key_flags(settings_module)  # so that --help lists the method
 _COHORT = flags.DEFINE_string("cohort", None, "cohort table (CSV)", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, log and the finished model", required=True)
 _PRETRAINED = flags.DEFINE_string(
-    "pretrained", None, "ImageNet weights (.pth, .safetensors, .npz, .h5); none: random start (w/o TL)"
+    "pretrained",
+    None,
+    "ImageNet weights: a folder made by import_weights, or a file (.pth, .safetensors, .npz, .h5); none: random start (w/o TL)",
 )
 _SOURCE = flags.DEFINE_enum(
     "pretrained_source", None, list(SOURCES), "who published --pretrained, where its names do not tell"
@@ -104,12 +106,7 @@ def read_split_cohort(config: Config) -> Cohort:
 
 def starting_model(config: Config) -> tuple[Architecture, dict[str, Any]]:
     """The network and its variables before training, with pretrained weights where they are given."""
-    dtype = _DTYPE.value
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    changes: dict[str, Any] = {"dropout": config.dropout, "drop_path": config.drop_path, "dtype": dtype}
-    if config.bn_momentum is not None:
-        changes["bn_momentum"] = config.bn_momentum
+    changes = architecture_changes(config)
     if _START.value:
         begun = Model.load(_START.value)
         if begun.architecture.name != config.backbone or _PRETRAINED.value:
@@ -120,18 +117,54 @@ def starting_model(config: Config) -> tuple[Architecture, dict[str, Any]]:
         return dataclasses.replace(begun.architecture, **changes), dict(begun.variables)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     if not _PRETRAINED.value:
-        net = architecture(config.backbone, source="keras", classes=1, **changes)
+        # Keras's conventions are the paper's; it has no other network than an EfficientNet.
+        source = "keras" if config.backbone in efficientnet.VARIANTS else next(iter(family(config.backbone).sources))
+        net = architecture(config.backbone, source=source, classes=1, **changes)
         return net, init(net, key)
-    arrays = read_weights(_PRETRAINED.value)
     try:
-        published = pretrained.source_conventions(arrays, config.backbone, source=_SOURCE.value, classes=1)
-        net = dataclasses.replace(published, **changes)
-        return net, pretrained.load(arrays, net, init(net, key), replace_head=True)
+        return pretrained_model(config, pathlib.Path(_PRETRAINED.value), changes, key)
     except pretrained.PretrainedError as error:
         problem = textwrap.shorten(str(error), 300, placeholder=" ...")  # it can name hundreds of arrays
         raise UsageError(
             f"--pretrained={_PRETRAINED.value} does not fit --backbone={config.backbone}: {problem}"
         ) from error
+
+
+def architecture_changes(config: Config) -> dict[str, Any]:
+    """What the settings change of the network. Raises UsageError for one that a network of this kind does not have."""
+    dtype = _DTYPE.value
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    fields = {field.name for field in dataclasses.fields(family(config.backbone).kind)}
+    changes: dict[str, Any] = {"dtype": dtype}
+    for name in ("dropout", "drop_path", "bn_momentum"):
+        value = getattr(config, name)
+        if value is not None and name not in fields:
+            raise UsageError(
+                f"--{name}={value} has no meaning for --backbone={config.backbone}, which has none: leave it out"
+            )
+        if value is not None:
+            changes[name] = value
+    return changes
+
+
+def pretrained_model(
+    config: Config, path: pathlib.Path, changes: Mapping[str, Any], key: jax.Array
+) -> tuple[Architecture, dict[str, Any]]:
+    """The network of --pretrained, under a fresh head of one class. Raises PretrainedError where it is of another network."""
+    if not path.is_dir():
+        arrays = read_weights(path)
+        published = pretrained.source_conventions(arrays, config.backbone, source=_SOURCE.value, classes=1)
+        net = dataclasses.replace(published, **changes)
+        return net, pretrained.load(arrays, net, init(net, key), replace_head=True)
+    network = Network.load(path)
+    if network.architecture.name != config.backbone or _SOURCE.value:
+        raise UsageError(
+            f"--pretrained={path} is of --backbone={network.architecture.name} with the conventions of its card: "
+            "give that backbone, and no --pretrained_source"
+        )
+    net = dataclasses.replace(network.architecture, classes=1, **changes)
+    return net, pretrained.transfer(network.variables, init(net, key), net)
 
 
 def model_name(config: Config) -> str:
@@ -142,12 +175,20 @@ def model_name(config: Config) -> str:
     return f"{mode}{annotations}{transfer} {config.mpp:g} µm/px"
 
 
+def pretrained_hash() -> str | None:
+    """Of the file of --pretrained; of a folder's card, which holds the checksum of its weights."""
+    if not _PRETRAINED.value:
+        return None
+    path = pathlib.Path(_PRETRAINED.value)
+    return file_hash(path / CARD if path.is_dir() else path)
+
+
 def settings(config: Config, net: Architecture) -> dict[str, Any]:
     """Everything that decides the result: another value of any of it needs another work directory."""
     return {
         **dataclasses.asdict(config),
         "cohort": file_hash(pathlib.Path(_COHORT.value)),
-        "pretrained": file_hash(pathlib.Path(_PRETRAINED.value)) if _PRETRAINED.value else None,
+        "pretrained": pretrained_hash(),
         "pretrained_source": _SOURCE.value,
         "start_from": file_hash(pathlib.Path(_START.value) / "weights.npz") if _START.value else None,
         "mpp_override": _MPP_OVERRIDE.value,

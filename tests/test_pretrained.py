@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from data_pipelines.weights import read_weights
-from srcc_jax.models import efficientnet, layers, pretrained
+from srcc_jax.models import efficientnet, layers, pretrained, zoo
 from srcc_jax.models.architecture import IMAGENET_MEAN, IMAGENET_STD, normalize
 from srcc_jax.models.efficientnet_names import NAMINGS
-from tests import golden
+from tests import golden, small_networks
 
 
 def small(source, **changes):
@@ -204,3 +204,102 @@ def test_lite1_recognises_real_images(shared_data):
     ours = np.concatenate([logits(variables, pixels[i : i + 5]) for i in range(0, 20, 5)])
     assert (ours.argmax(1) == truth).sum() == 18
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+# Every family
+
+
+def every_naming():
+    """One variant of each family under every naming that it has (torchvision has no DLA-34)."""
+    for name in [name for name in small_networks.CHANGES if name not in ("resnet50", "unet_resnet34")]:
+        for key in zoo.family(name).namings:
+            if (name, key) != ("unet_dla34", "torchvision"):
+                yield pytest.param(name, key, id=f"{name}-{key}")
+
+
+def test_every_family_is_among_the_small_networks():
+    assert all(set(family.variants) & set(small_networks.CHANGES) for family in zoo.FAMILIES)
+
+
+@pytest.mark.parametrize("name, key", every_naming())
+def test_what_any_network_exports_loads_again(name, key):
+    arch = small_networks.architecture(name, source=zoo.family(name).namings[key].sources[0])
+    ours = small_networks.variables(arch)
+    file = pretrained.export(ours, arch, key)
+    assert len(file) == len(jax.tree.leaves(ours))
+    loaded = pretrained.load(file, arch, zeros(ours), replace_head=False)
+    jax.tree.map(np.testing.assert_array_equal, loaded, ours)
+    dropped = dict(list(file.items())[:-1])
+    with pytest.raises(pretrained.PretrainedError, match="1 missing from the file"):
+        pretrained.load(dropped, arch, ours, replace_head=False)
+
+
+# Parts of networks
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """A small ResNet-50 as torchvision would have it: architecture, variables, file."""
+    arch = small_networks.architecture("resnet50", classes=5)
+    ours = small_networks.variables(arch)
+    return arch, ours, pretrained.export(ours, arch, "torchvision")
+
+
+def test_sources_that_differ_in_nothing_need_not_be_named(resnet):
+    _, _, file = resnet
+    assert pretrained.source_conventions(file, "resnet50").source == "torchvision"
+    assert pretrained.source_conventions(file, "resnet50", source="timm", classes=0, stages=3).stages == 3
+
+
+def test_a_trunk_that_ends_early_is_filled_from_the_whole_file(resnet):
+    arch, ours, file = resnet
+    cut = dataclasses.replace(arch, classes=0, stages=3)
+    fresh = zeros(small_networks.variables(cut))
+    loaded = pretrained.load_trunk(file, arch, fresh)
+    jax.tree.map(np.testing.assert_array_equal, loaded, pretrained.transfer(ours, fresh, cut))
+    assert "stage4_block1" not in loaded["params"] and "classifier" not in loaded["params"]
+    np.testing.assert_array_equal(loaded["params"]["stem"]["conv"]["kernel"], ours["params"]["stem"]["conv"]["kernel"])
+    with pytest.raises(pretrained.PretrainedError, match=r"without a place in the network: extra.weight"):
+        pretrained.load_trunk(file | {"extra.weight": np.zeros(3)}, arch, fresh)
+    del file["layer2.0.conv1.weight"]
+    with pytest.raises(pretrained.PretrainedError, match=r"1 missing from the file: layer2.0.conv1.weight"):
+        pretrained.load_trunk(file, arch, fresh)
+    file["layer2.0.conv1.weight"] = np.asarray(ours["params"]["stage2_block1"]["conv1"]["conv"]["kernel"]).transpose(
+        3, 2, 0, 1
+    )
+
+
+def test_a_file_that_ends_early_is_whole_where_the_architecture_ends_there(resnet):
+    arch, ours, _ = resnet
+    cut = dataclasses.replace(arch, classes=0, stages=3)
+    short = pretrained.transfer(ours, zeros(small_networks.variables(cut)), cut)
+    file = pretrained.export(short, cut, "torchvision")
+    loaded = pretrained.load(file, cut, zeros(short), replace_head=False)
+    jax.tree.map(np.testing.assert_array_equal, loaded, short)
+    with pytest.raises(pretrained.PretrainedError, match=r"missing from the file: .*layer4.0.conv1.weight"):
+        pretrained.load(file, arch, zeros(ours), replace_head=False)
+
+
+def test_the_encoder_of_a_dense_network_takes_a_classifier(resnet):
+    _, _, file = resnet
+    shape = small_networks.CHANGES["resnet50"]
+    arch = small_networks.architecture("resnet50", classes=5)
+    dense = small_networks.architecture("fcn_resnet50", **shape)
+    fresh = zeros(small_networks.variables(dense))
+    loaded = pretrained.load_trunk(file, arch, fresh, module="trunk")
+    wanted = pretrained.load(file, dataclasses.replace(arch, classes=0), zeros(loaded_trunk(loaded)), replace_head=True)
+    jax.tree.map(np.testing.assert_array_equal, loaded_trunk(loaded), wanted)
+    assert not np.any(loaded["params"]["score4"]["score_kernel"])
+    with pytest.raises(pretrained.PretrainedError, match="is not that of resnet50"):
+        pretrained.load_trunk(file, arch, fresh, module="encoder")
+
+
+def loaded_trunk(variables):
+    return {collection: modules["trunk"] for collection, modules in variables.items()}
+
+
+def test_transfer_names_what_is_not_there(resnet):
+    arch, ours, _ = resnet
+    wider = dataclasses.replace(arch, width=16)
+    with pytest.raises(pretrained.PretrainedError, match=r"arrays of resnet50 are not among the weights: .*stem"):
+        pretrained.transfer(ours, small_networks.variables(wider), wider)

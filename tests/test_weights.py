@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import weights
+from data_pipelines.safetensors_files import write_safetensors
 from data_pipelines.torch_checkpoints import LEGACY_START
 from data_pipelines.weights import WeightsError, read_weights
 
@@ -272,6 +273,35 @@ def test_tensors_are_views_within_their_storages(tmp_path):
     assert "torch.ComplexFloatStorage" in refusal(path)
     save_zip(path, torch_pickle())
     assert "w/data/0" in refusal(path)
+
+
+def test_what_stands_beside_the_weights_is_passed_over(tmp_path):
+    """Checkpoints of training hold devices, types of elements and counters besides; none of it is made or run."""
+    beside = (
+        b"U\x01dctorch\ndevice\n(U\x03cputRU\x01tctorch\nfloat32\n" + b"U\x01cccollections\nCounter\n(}K\x05K\x01stR"
+    )
+    root = b"\x80\x02}(U\x0astate_dict" + torch_pickle()[2:-1] + beside + b"u."
+    save_zip(tmp_path / "w.pth", root, **{"data/0": np.arange(4, dtype=np.float32).tobytes()})
+    np.testing.assert_array_equal(read_weights(tmp_path / "w.pth")["a"], [0, 1])
+
+
+def test_safetensors_are_written_as_they_are_read(tmp_path):
+    arrays = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "a": np.asarray(True),
+        "c": np.zeros((0, 3), np.int64),
+        "d": np.arange(3, dtype=np.float16),
+    }
+    path = tmp_path / "w.safetensors"
+    write_safetensors(path, arrays, {"about": "µ"})
+    assert_same(read_weights(path), arrays)
+    assert list(read_weights(path)) == sorted(arrays) and weights.read_texts(path) == {"about": "µ"}
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    with pytest.raises(TypeError, match="a is of type complex64"):
+        write_safetensors(path, {"a": np.zeros(1, np.complex64)}, {})
+    assert weights.read_texts(path) == {"about": "µ"}, "the file is left as it was"
+    np.savez(tmp_path / "w.npz", a=np.zeros(1))
+    assert weights.read_texts(tmp_path / "w.npz") == {}
 
 
 def test_what_is_not_a_state_dict_is_named(tmp_path):

@@ -17,7 +17,9 @@ from data_pipelines.boxes import BoxesError
 from data_pipelines.cohort import CohortError
 from data_pipelines.detections import DetectionsError
 from data_pipelines.files import OutputError
+from data_pipelines.patches import PatchesError
 from data_pipelines.slides import SlideError
+from data_pipelines.spots import SpotsError
 from data_pipelines.tiles import TilesError
 from data_pipelines.weights import WeightsError
 from experiments.run.workdir import WorkdirError
@@ -35,8 +37,10 @@ EXPECTED = (
     DetectionsError,
     ExportError,
     OutputError,
+    PatchesError,
     PretrainedError,
     SlideError,
+    SpotsError,
     TilesError,
     TrainingDiverged,
     WeightsError,

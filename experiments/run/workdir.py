@@ -43,10 +43,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def file_hash(path: pathlib.Path) -> str:
-    """First 16 hexadecimal digits of the file's SHA-256."""
+def file_sha256(path: pathlib.Path) -> str:
+    """The file's SHA-256 in hexadecimal digits."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_hash(path: pathlib.Path) -> str:
+    """The first 16 digits of the file's SHA-256."""
+    return file_sha256(path)[:16]
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from srcc_jax.models.efficientnet import VARIANTS
+from srcc_jax.models.zoo import CLASSIFIERS
 from srcc_jax.settings import check_settings, setting
 
 # Purposes that a run's seed is folded with, so that no two uses share a random stream.
@@ -34,7 +34,7 @@ class Config:
     positive: str = setting(
         "srcc", "label of the cohort table that counts as positive; every other label is negative (ours)"
     )
-    backbone: str = setting("b1", "EfficientNet; tiny is for tests and the demo (§2.3: B1)", choices=VARIANTS)
+    backbone: str = setting("b1", "b0 to b7: EfficientNet; tiny: for tests and demo (§2.3: B1)", choices=CLASSIFIERS)
     mpp: float = setting(1.0, "µm per pixel of the tiles: 2.0, 1.0, 0.5 are the paper's x5, x10, x20 (§2.4)", above=0)
     tile: int = setting(224, "side of a tile in pixels (§2.4)", least=1)
     stride: int = setting(112, "stride of the grid in pixels, for training and prediction (§2.4)", least=1)
@@ -71,8 +71,8 @@ class Config:
     max_epochs: int = setting(
         100, "stop after this many epochs at the latest (ours; the paper stops by patience alone)", least=1
     )
-    dropout: float = setting(0.2, "dropout before the last layer (the architecture's default)", least=0, below=1)
-    drop_path: float = setting(0.2, "stochastic depth of the last block (the architecture's default)", least=0, below=1)
+    dropout: float | None = setting(None, "before the last layer; none: the architecture's (B1 0.2)", least=0, below=1)
+    drop_path: float | None = setting(None, "of the last block; none: the architecture's (B1 0.2)", least=0, below=1)
     bn_momentum: float | None = setting(
         None,
         "share of BatchNorm's running value that a step keeps; none: the source's (Keras 0.99). Short runs need 0.9 (ours)",
