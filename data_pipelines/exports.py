@@ -53,7 +53,7 @@ def write_table(path: str | os.PathLike, columns: Mapping[str, Sequence | np.nda
 def write_image(path: str | os.PathLike, rgb: np.ndarray) -> None:
     """rgb uint8 [H, W, 3] as PNG."""
     with atomic_write(path) as temporary:
-        Image.fromarray(rgb).save(temporary, format="PNG")
+        Image.fromarray(rgb).save(temporary, format="PNG", compress_level=3)  # half the time of 6, a twentieth larger
 
 
 def write_overlay(

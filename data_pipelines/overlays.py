@@ -81,7 +81,8 @@ def _paint(
     picture[known] += alpha * (colours - picture[known])
     picture = np.rint(picture).astype(np.uint8)
     unread = missing & ~known
-    picture[unread] = hatch(*thumbnail.shape[:2])[unread]
+    if unread.any():
+        picture[unread] = hatch(*thumbnail.shape[:2])[unread]
     return picture
 
 

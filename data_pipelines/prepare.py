@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Mapping
 
 import numpy as np
 
 from data_pipelines.annotations import Shape, check_inside, read_annotation
 from data_pipelines.cohort import SlideRecord
+from data_pipelines.quality import SlideQuality, slide_quality
 from data_pipelines.slides import Slide, open_slide
 from data_pipelines.tiles import Grid, Tiles, tile_slide
 from data_pipelines.tissue import tissue_mask
@@ -17,12 +20,15 @@ TISSUE_MPP = 16.0  # µm per pixel of the image that tissue is looked for on (ab
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSlide:
-    """An open slide, its tissue (bool [h, w] at TISSUE_MPP) and its tiles on it."""
+    """An open slide, its tissue (bool [h, w] at TISSUE_MPP) and its tiles on it. seconds: what "open" and "tissue" took.
+    quality: what its thumbnail tells about it."""
 
     record: SlideRecord
     slide: Slide
     tissue: np.ndarray
     tiles: Tiles
+    seconds: Mapping[str, float]
+    quality: SlideQuality
 
 
 def prepare_slide(
@@ -38,9 +44,12 @@ def prepare_slide(
     With `annotated` the record's annotation is read and the tiles' `annotated` column filled. Raises SlideError or AnnotationError; a
     slide without tissue has no tiles, which is not an error here.
     """
+    began = time.perf_counter()
     slide = open_slide(record.path, mpp_cohort=record.mpp, mpp_override=mpp_override)
+    opened = time.perf_counter()
     try:
-        mask = tissue_mask(slide.thumbnail(TISSUE_MPP))
+        thumbnail = slide.thumbnail(TISSUE_MPP)
+        mask = tissue_mask(thumbnail)
         shapes = read_shapes(record, slide) if annotated and record.annotation else None
         tiles = tile_slide(
             record.slide_id,
@@ -53,10 +62,12 @@ def prepare_slide(
             min_tissue=min_tissue,
             shapes=shapes,
         )
+        quality = slide_quality(thumbnail, mask, mpp=TISSUE_MPP)
     except BaseException:
         slide.close()
         raise
-    return PreparedSlide(record, slide, mask, tiles)
+    seconds = {"open": opened - began, "tissue": time.perf_counter() - opened}
+    return PreparedSlide(record, slide, mask, tiles, seconds, quality)
 
 
 def read_shapes(record: SlideRecord, slide: Slide) -> list[Shape]:

@@ -150,7 +150,7 @@ class TifffileReader:
         if layout.compression not in tifffile.TIFF.DECOMPRESSORS:
             raise SlideError(f"{path}: no codec for TIFF compression {layout.compression}")
         self._tif, self._tiff = tifffile.TiffFile(path), layout.levels
-        self._pages = [level.keyframe for level in self._tif.series[0].levels]
+        self._pages = [level.keyframe for level in self._tif.series[layout.series].levels]
         self.levels, self.scale = make_levels(layout.sizes), layout.scale
         self.bounds = (0, 0, *layout.sizes[0])
 

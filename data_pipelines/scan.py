@@ -21,6 +21,7 @@ import numpy as np
 from data_pipelines.slides import RegionError, Slide, SlideError
 from data_pipelines.tiles import Grid, Tiles
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -82,16 +83,32 @@ def scan(jobs: Iterable[ScanJob], shape: ScanShape, *, threads: int = 2, ahead: 
     tiles that still fail arrive in `failed`, never as pixels.
     """
     tasks = ((job, rows) for job in jobs for rows in job.tiles.blocks(shape.block))
-    with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
-        pending: collections.deque[Future[list[_Region]]] = collections.deque()
-        packer = _Packer(shape)
-        for job, rows in tasks:
-            pending.append(pool.submit(_read_block, job, rows))
-            if len(pending) > ahead:
-                yield from packer.add(pending.popleft().result())
-        while pending:
-            yield from packer.add(pending.popleft().result())
+    packer = _Packer(shape)
+    with contextlib.closing(work_ahead(tasks, lambda task: _read_block(*task), threads=threads, ahead=ahead)) as read:
+        for regions in read:
+            yield from packer.add(regions)
         yield from packer.rest()
+
+
+def work_ahead(
+    items: Iterable[S], work: Callable[[S], T], *, threads: int, ahead: int, name: str = "scan"
+) -> Generator[T, None, None]:
+    """work(item) of every item, in order: done in `threads` threads, at most `ahead` items before they are asked for.
+
+    Closing the iterator drops what was not begun and waits for what was.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix=name) as pool:
+        pending: collections.deque[Future[T]] = collections.deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def _read_block(job: ScanJob, rows: np.ndarray) -> list[_Region]:

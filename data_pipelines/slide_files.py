@@ -11,6 +11,7 @@ SLIDE_ENDINGS = (
     ".svs", ".tif", ".tiff", ".btf", ".ndpi", ".scn", ".mrxs", ".bif", ".vms", ".vmu", ".svslide", ".czi",
 )  # fmt: skip
 _DICOM_ENDING = ".dcm"
+_RESULTS = ("slides", "state")  # the folders of predict_slides in its --out
 _SERIES_UID = b"\x20\x00\x0e\x00UI"  # tag (0020,000E) in explicit little endian, as every encapsulated image has it
 _DICOM_HEADER = 1 << 16  # bytes searched for it: it stands before the pixels
 
@@ -20,8 +21,9 @@ def find_slides(path: str | Path) -> list[Path]:
 
     A file counts by its ending, sound or not (`open_slide` tells). A folder that holds one DICOM series is one slide; where
     a folder holds several, or other slides too, each series is named by its first file. Folders of data beside an .mrxs
-    file are not searched. Plain images (PNG, JPEG, BMP) count only where nothing else is found: beside slides they are
-    thumbnails and masks. Raises SlideError where there are none.
+    file are not searched, nor are results of predict_slides, whose heat maps are TIFFs too. Plain images (PNG, JPEG, BMP)
+    count only where nothing else is found: beside slides they are thumbnails and masks. Raises SlideError where there are
+    none.
     """
     path = Path(path)
     if not path.is_dir():
@@ -31,6 +33,8 @@ def find_slides(path: str | Path) -> list[Path]:
     slides: list[Path] = []
     plain: list[Path] = []
     for folder, folders, names in os.walk(path):
+        if _holds_results(Path(folder)):
+            folders[:] = [name for name in folders if name not in _RESULTS]
         folders[:] = sorted(name for name in folders if not name.startswith(".") and f"{name}.mrxs" not in names)
         files = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
         here = [file for file in files if file.suffix.lower() in SLIDE_ENDINGS]
@@ -42,6 +46,11 @@ def find_slides(path: str | Path) -> list[Path]:
             f"{path}: no slides in this folder or below (endings {' '.join(SLIDE_ENDINGS)} {_DICOM_ENDING})"
         )
     return sorted(slides or plain)
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether predict_slides has written here: each of its slides has a state or a journal."""
+    return any(next(folder.glob(f"state/*/{name}"), None) for name in ("state.json", "scores.npz"))
 
 
 def dicom_file(folder: Path) -> Path:

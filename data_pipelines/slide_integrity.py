@@ -25,7 +25,7 @@ _FRAMES, _SCAN = (0xC0, 0xC1, 0xC2), 0xDA  # JPEG markers
 _RUN = b"\xff" * 6  # 48 equal neighbours in a row, as packed bits: runs of 56 bytes and more contain it
 _BLOCK = 8  # px: the side of a JPEG block
 _BACKGROUND = 200  # a flat block at least this bright in every channel is ordinary background
-_TOLERANCE = 3.0  # grey values, mean over a tile of its 8 x 8 means: decoders and sub-pixel origins stay below 1
+TOLERANCE = 3.0  # grey values, mean over a tile of its 8 x 8 means: decoders and sub-pixel origins stay below 1
 
 
 class DamagedTile(RegionError):
@@ -201,10 +201,15 @@ def disagreement(reader: Reader, reference: Reader, layout: TiffLayout) -> str |
             return None  # OpenSlide's error state is sticky: nothing more can be learnt from it
         if problem:
             return problem
-        difference = float(np.abs(_block_means(found) - _block_means(expected)).mean())
-        if difference > _TOLERANCE:
-            return f"differs by {difference:.1f} grey values on {where}"
+        by = difference(found, expected)
+        if by > TOLERANCE:
+            return f"differs by {by:.1f} grey values on {where}"
     return None
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """How far two decodings of a region are apart, uint8 [H, W, 3] each: grey values, the mean over means of 8 x 8 px."""
+    return float(np.abs(_block_means(found) - _block_means(expected)).mean())
 
 
 def _telling_tiles(layout: TiffLayout) -> list[tuple[int, int, int]]:

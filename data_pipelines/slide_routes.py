@@ -24,6 +24,7 @@ from data_pipelines.readers import (
     tifffile_first,
 )
 from data_pipelines.slide_integrity import ScreenedReader, TileScreen, disagreement, screenable
+from data_pipelines.slide_series import is_reduced
 from data_pipelines.slide_tiff import JPEG, TiffLayout, probe, starts_like_tiff
 
 PLAIN_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp")
@@ -63,6 +64,24 @@ def find_route(path: Path, *, check: bool) -> Route:
     raise SlideError(f"{path}: cannot be read as a slide: {'; '.join(reasons)}")
 
 
+def second_reader(path: Path, backend: str) -> tuple[str, Reader] | None:
+    """Another reader, by name, that reads the same levels of this slide as `backend` does; None where there is none."""
+    layout = probe(path)
+    if layout is None or layout.refusal:
+        return None
+    for name, make in _candidates(path, layout):
+        if name == backend:
+            continue
+        try:
+            reader = make()
+        except SlideError:
+            continue
+        if _has_levels(reader, layout):
+            return name, reader
+        reader.close()
+    return None
+
+
 def _candidates(path: Path, layout: TiffLayout | None) -> list[_Candidate]:
     """The readers to try, best first."""
     openslide: _Candidate = ("openslide", functools.partial(OpenSlideReader, path))
@@ -72,6 +91,8 @@ def _candidates(path: Path, layout: TiffLayout | None) -> list[_Candidate]:
     if openslide_vendor(path) not in _SIMPLE_TIFF:
         return [openslide]
     tifffile: _Candidate = ("tifffile", functools.partial(TifffileReader, path, layout))
+    if layout.series:  # the others take the first image of a file for the slide
+        return [tifffile]
     order = [tifffile, openslide] if tifffile_first(layout) else [openslide, tifffile]
     return [("cucim", functools.partial(CucimReader, path, layout)), *order] if cucim_reads(layout) else order
 
@@ -81,6 +102,9 @@ def _try(path: Path, layout: TiffLayout | None, backend: str, make: Callable[[],
     first = make()
     if layout is None:
         return Route(backend, (lambda: first) if backend == "pillow" else make, first, checked=False, sparse_tiles=0)
+    if openslide_vendor(path) in _SIMPLE_TIFF and not _shows_the_slide(first, layout):
+        first.close()
+        raise SlideError(f"{backend} takes another of its images for the slide")
     reference = None if backend == "openslide" else _reference(path, layout)
     if screenable(layout) and _has_levels(first, layout):
         strict = layout.compression == JPEG and reference is not None
@@ -104,6 +128,8 @@ def _chained(make: Callable[[], Reader], wrap: Callable[[Reader], Reader]) -> Ca
 
 def _reference(path: Path, layout: TiffLayout) -> OpenSlideReader | None:
     """OpenSlide on the same levels; None where it cannot be had."""
+    if layout.series:
+        return None
     try:
         reader = OpenSlideReader(path)
     except SlideError:
@@ -112,6 +138,12 @@ def _reference(path: Path, layout: TiffLayout) -> OpenSlideReader | None:
         return reader
     reader.close()
     return None
+
+
+def _shows_the_slide(reader: Reader, layout: TiffLayout) -> bool:
+    """Whether level 0 is the slide's image and the others are reduced copies of it: OpenSlide takes a tiled label for a level."""
+    full, *reduced = [(level.width, level.height) for level in reader.levels]
+    return full == layout.sizes[0] and all(is_reduced(size, full) for size in reduced)
 
 
 def _has_levels(reader: Reader, layout: TiffLayout) -> bool:

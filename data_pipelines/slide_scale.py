@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from xml.etree.ElementTree import Element
 
 import defusedxml.ElementTree
 from defusedxml.common import DefusedXmlException
@@ -66,23 +67,36 @@ def aperio_scale(description: str) -> FileScale:
     return FileScale(mpp, mpp, positive(fields.get("AppMag")), origin="the Aperio header")
 
 
-def ome_scale(xml: str) -> FileScale:
-    """Of the first image of an OME-XML: PhysicalSizeX and Y with their units, NominalMagnification."""
+def ome_scale(xml: str, size: tuple[int, int] | None = None) -> FileScale:
+    """Of the first image of an OME-XML, or of the first of `size` (width, height) px: PhysicalSizeX and Y with their units,
+    and the NominalMagnification of its objective (the first one, where the image names none)."""
     origin = "the OME-XML"
     try:
         root = defusedxml.ElementTree.fromstring(xml)
     except (defusedxml.ElementTree.ParseError, DefusedXmlException):
         return FileScale(origin=f"{origin} (unreadable)")
-    pixels = root.find(".//{*}Image/{*}Pixels")
-    objective = root.find(".//{*}Objective")
+    image = _ome_image(root, size)
+    pixels = None if image is None else image.find("{*}Pixels")
+    settings = None if image is None else image.find("{*}ObjectiveSettings")
+    identifier = None if settings is None else settings.get("ID")
+    objectives = root.findall(".//{*}Objective")
+    objective = next((o for o in objectives if o.get("ID") == identifier), objectives[0] if objectives else None)
     sizes: list[float | None] = []
     for axis in "XY":
-        size = None if pixels is None else positive(pixels.get(f"PhysicalSize{axis}"))
+        stated = None if pixels is None else positive(pixels.get(f"PhysicalSize{axis}"))
         unit = "µm" if pixels is None else pixels.get(f"PhysicalSize{axis}Unit", "µm")
         um = _UM_PER_OME_UNIT.get(unit)
-        sizes.append(None if size is None or um is None else size * um)
+        sizes.append(None if stated is None or um is None else stated * um)
     magnification = None if objective is None else positive(objective.get("NominalMagnification"))
     return FileScale(sizes[0], sizes[1], magnification, origin=origin)
+
+
+def _ome_image(root: Element, size: tuple[int, int] | None) -> Element | None:
+    for image in root.iterfind(".//{*}Image"):
+        pixels = image.find("{*}Pixels")
+        if size is None or (pixels is not None and (pixels.get("SizeX"), pixels.get("SizeY")) == tuple(map(str, size))):
+            return image
+    return None
 
 
 def openslide_scale(properties: Mapping[str, str]) -> FileScale:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from data_pipelines.slide_scale import FileScale, aperio_scale, ome_scale, resolution_scale
+from data_pipelines.slide_scale import FileScale, aperio_scale, resolution_scale
+from data_pipelines.slide_series import ome_series_scale, pixel_refusal, second_scan, slide_series
 
 # TIFF compression tags.
 JPEG = 7
@@ -62,6 +63,7 @@ class TiffLayout:
     planar: bool  # each channel stored apart
     nested: bool  # lower levels in sub-IFDs, which neither cuCIM nor OpenSlide looks into
     scale: FileScale
+    series: int = 0  # which of the file's images this is, as tifffile counts them
     refusal: str | None = None  # why these pixels cannot be read as 8-bit RGB at all
 
     @property
@@ -90,8 +92,9 @@ def probe(path: Path) -> TiffLayout | None:
 def _layout(tif: tifffile.TiffFile) -> TiffLayout:
     if any(len(page.dataoffsets) != len(page.databytecounts) or not page.dataoffsets for page in tif.pages):
         raise ValueError("a page without its data: cuCIM ends the process at one")
-    series, page = tif.series[0], tif.series[0].keyframe
-    refusal = _refusal(series)
+    chosen = slide_series(tif.series)
+    series, page = tif.series[chosen], tif.series[chosen].keyframe
+    refusal = pixel_refusal(series) or second_scan(tif, chosen)
     levels = () if refusal else tuple(_level(level.keyframe) for level in series.levels)
     return TiffLayout(
         levels=levels,
@@ -101,22 +104,10 @@ def _layout(tif: tifffile.TiffFile) -> TiffLayout:
         tiled=page.is_tiled,
         planar=page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE,
         nested=bool(page.subifds),
-        scale=_scale(tif, page),
+        scale=_scale(tif, series),
+        series=chosen,
         refusal=refusal or _truncation(levels, tif.filehandle.size),
     )
-
-
-def _refusal(series: tifffile.TiffPageSeries) -> str | None:
-    page, axes = series.keyframe, series.axes
-    if "S" not in axes or page.samplesperpixel < 3:
-        return "is a gray image (one channel); H&E slides in 8-bit RGB are read"
-    if page.dtype != np.uint8:
-        return f"has {page.dtype} pixels; 8-bit RGB is read: convert it"
-    if len(axes.replace("S", "").replace("Y", "").replace("X", "")):
-        return f"holds a stack of {series.shape[0]} images of one size, not a pyramid: save each as a file of its own"
-    if page.samplesperpixel > 4 or page.photometric not in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR):
-        return f"has {page.samplesperpixel} channels of kind {page.photometric!s}; 8-bit RGB is read: convert it"
-    return None
 
 
 def _level(page: tifffile.TiffPage) -> TiffLevel:
@@ -140,11 +131,12 @@ def _truncation(levels: tuple[TiffLevel, ...], size: int) -> str | None:
     return None
 
 
-def _scale(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> FileScale:
+def _scale(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> FileScale:
+    page = series.keyframe
     if tif.is_svs:
         return aperio_scale(page.description)
     if tif.is_ome:
-        return ome_scale(tif.ome_metadata or "")
+        return ome_series_scale(tif, series)
     x, y = (_ratio(page.tags.valueof(name, (0, 1))) for name in ("XResolution", "YResolution"))
     return resolution_scale(x, y, int(page.tags.valueof("ResolutionUnit", 2)))  # 2, inch: the standard's
 

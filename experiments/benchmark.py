@@ -1,6 +1,6 @@
 """Measures the table of BENCHMARKS.md on this machine: every figure is a ratio of two things measured in turn.
 
-python -m experiments.benchmark --slide=slide.tiff --mpp_override=0.5 [--sections=model,reading,predict,memory]
+python -m experiments.benchmark --slide=slide.tiff --mpp_override=0.5 [--sections=model,networks,reading,predict,memory]
 """
 
 from __future__ import annotations
@@ -42,10 +42,25 @@ from srcc_jax.report import markdown_table
 
 _SLIDE = flags.DEFINE_string("slide", None, "a slide for the sections reading and predict; none: a drawn one")
 _MPP_OVERRIDE = flags.DEFINE_float("mpp_override", None, "µm per pixel of the slide, where it does not say it")
-_SECTIONS = flags.DEFINE_list("sections", ["model", "reading", "predict", "memory"], "which parts to measure")
+_SECTIONS = flags.DEFINE_list(
+    "sections", ["model", "networks", "reading", "predict", "memory"], "which parts to measure"
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "times that each pair is measured")
+_NETWORKS = flags.DEFINE_list("networks", None, "networks of section networks; none: all")
 _SIDES = flags.DEFINE_list("sides", ["15000", "30000", "60000"], "sides of the slides of section memory, in pixels")
 
+# network, side of its images in pixels, batch, target for inference
+NETWORKS = (
+    ("resnet18", 224, 16, "≤ 1.1"),
+    ("resnet34", 224, 16, ""),
+    ("resnet50", 224, 16, ""),
+    ("wide_resnet50_2", 256, 8, "≤ 1.0"),
+    ("densenet121", 224, 16, ""),
+    ("res2net50", 224, 16, ""),
+    ("b4", 380, 8, ""),
+    ("dla34", 512, 4, "≤ 1.2"),
+    ("unet", 512, 1, "≤ 1.2"),
+)
 GRID = Grid(tile=224, stride=112, mpp=1.0)
 Row = tuple[str, str, str, str]
 
@@ -59,14 +74,26 @@ def _ratio(name: str, ours: np.ndarray, theirs: np.ndarray, target: str) -> Row:
 
 def model_section() -> Iterator[Row]:
     """EfficientNet-B1 at 224², float32, against torch with its malloc settings."""
-    tasks = (("infer", 16, "≤ 0.95"), ("infer", 64, "≤ 0.85"), ("train", 16, "≤ 2.5, aim 1.5"))
-    for task, batch, target in tasks:
-        ours, theirs = Peer("jax", task, batch), Peer("torch", task, batch)
-        measured = interleaved(ours.seconds, theirs.seconds, rounds=_ROUNDS.value)
-        ours.close()
-        theirs.close()
-        what = "inference" if task == "infer" else "training step"
-        yield _ratio(f"B1 {what}, batch {batch}: time / torch", *measured, target)
+    yield _against_torch("infer", "b1", 224, 16, "≤ 0.95")
+    yield _against_torch("infer", "b1", 224, 64, "≤ 0.85")
+    yield _against_torch("train", "b1", 224, 16, "≤ 2.5, aim 1.5")
+
+
+def networks_section() -> Iterator[Row]:
+    """The other networks in the same way: inference, and a training step."""
+    for network, side, batch, inference in NETWORKS:
+        if _NETWORKS.value is None or network in _NETWORKS.value:
+            yield _against_torch("infer", network, side, batch, inference)
+            yield _against_torch("train", network, side, batch, "≤ 2")
+
+
+def _against_torch(task: str, network: str, side: int, batch: int, target: str) -> Row:
+    ours, theirs = (Peer(framework, task, network, side, batch) for framework in ("jax", "torch"))
+    measured = interleaved(ours.seconds, theirs.seconds, rounds=_ROUNDS.value)
+    ours.close()
+    theirs.close()
+    what = {"infer": "inference", "train": "training step"}[task]
+    return _ratio(f"{network} {side}² {what}, batch {batch}: time / torch", *measured, target)
 
 
 def reading_section() -> Iterator[Row]:
@@ -176,6 +203,7 @@ def _untrained_model(name: str) -> Model:
 
 SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "model": model_section,
+    "networks": networks_section,
     "reading": reading_section,
     "predict": predict_section,
     "memory": memory_section,

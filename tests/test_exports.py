@@ -106,6 +106,20 @@ def test_errors_of_other_files_keep_their_own_name(tmp_path):
     assert os.listdir(tmp_path / "x") == []
 
 
+def test_a_folder_takes_the_place_of_another_whole(tmp_path):
+    new, place = tmp_path / "work" / "new", tmp_path / "out" / "slide"
+    for text in ("first", "second"):
+        new.mkdir(parents=True)
+        (new / f"{text}.txt").write_text(text)
+        files.replace_folder(new, place)
+        assert [path.name for path in place.iterdir()] == [f"{text}.txt"] and not list((tmp_path / "work").iterdir())
+    (tmp_path / "file").write_text("")
+    new.mkdir()
+    with pytest.raises(files.OutputError, match=r"cannot write .*file/slide.*a file stands where a folder is needed"):
+        files.replace_folder(new, tmp_path / "file" / "slide")
+    assert new.is_dir()
+
+
 def test_tables_read_back_and_mark_what_is_absent(tmp_path):
     columns = {
         "slide_id": ['a, "b"', "ü"],

@@ -8,11 +8,15 @@ import shutil
 
 import jax
 import numpy as np
+import openslide
 import pytest
+import tifffile
 from absl import flags
 
+from data_pipelines.annotations import read_annotation
 from data_pipelines.cohort import SlideRecord
 from data_pipelines.exports import read_map
+from data_pipelines.polygons import rasterize
 from data_pipelines.tiles import Grid
 from experiments.run.evaluation import measure
 from experiments.run.model import Model
@@ -24,7 +28,14 @@ from tests import programs
 from tests.programs import one_line, tissue
 from tests.tiff_files import overwrite, tile_bytes, write_tiff
 
-COLUMNS = ["slide_id", "path", "status", "reason", "probability", "mpp", "mpp_source", "tiles", "tiles_per_second"]
+COLUMNS = [
+    *("slide_id", "path", "status", "reason", "traceback", "probability", "mpp", "mpp_source", "backend", "tiles"),
+    *("unreadable", "tiles_per_second", "seconds_open", "seconds_tissue", "seconds_read", "seconds_model"),
+    *("seconds_write", "model", "configuration"),
+]
+
+
+EVERY_FORMAT = "png,npz,csv,ome_tiff,geojson,geojson_tiles,asap,html"
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +71,10 @@ def real(predicting, shared_data, tmp_path_factory):
     (folder / "text.ndpi").write_text("not a slide")
     model = programs.save_model(root / "model", grid=Grid(tile=32, stride=32, mpp=4.0))
     outcomes = {}
-    for name, options in {"plain": {}, "override": {"mpp_override": 0.5}}.items():
-        outcomes[name] = programs.start(predicting, workdir=model, slides=folder, out=root / name, **options)
+    for name, options in {"plain": {}, "override": {"mpp_override": 0.5, "formats": EVERY_FORMAT}}.items():
+        outcomes[name] = programs.start(
+            predicting, workdir=model, slides=folder, out=root / name, thresholds="0.1,0.9", **options
+        )
     return root, outcomes
 
 
@@ -127,6 +140,35 @@ def test_files_of_a_slide_agree(real):
         assert np.isfinite(painted.values).sum() == len(tiles) and not painted.missing.any()
         warm = read_map(folder / "gradcam.npz")
         assert warm.unit == "Grad-CAM" and np.nanmin(warm.values) >= 0 and warm.mpp <= painted.mpp
+
+
+def test_maps_and_regions_open_in_other_programs(real):
+    """OpenSlide sees the map in the slide's own scale; regions lie where tiles are at or above the threshold."""
+    root, _ = real
+    for name in SOUND:
+        folder = root / "override" / "slides" / name
+        about = json.loads((folder / "slide.json").read_text())
+        with openslide.OpenSlide(folder / "probability.ome.tiff") as picture:
+            mpp = float(picture.properties["openslide.mpp-x"])
+            size_um = [side * mpp for side in picture.dimensions]
+        wanted_um = (about["width"] * about["mpp"], about["height"] * about["mpp"])
+        assert size_um == pytest.approx(wanted_um, abs=2 * about["grid"]["stride"] * about["grid"]["mpp"])
+        painted = read_map(folder / "probability.npz")
+        np.testing.assert_array_equal(tifffile.imread(folder / "probability_values.ome.tiff"), painted.values)
+        shapes = read_annotation(folder / "regions.geojson")
+        assert {shape.group for shape in shapes} <= {"probability ≥ 0.1", "probability ≥ 0.9"}
+        inside = rasterize(
+            [shape for shape in shapes if shape.group == "probability ≥ 0.1"],
+            width=painted.values.shape[1],
+            height=painted.values.shape[0],
+            downsample=painted.downsample,
+            origin=painted.origin,
+        )
+        np.testing.assert_array_equal(inside, painted.values >= 0.1)
+        assert len(read_annotation(folder / "regions.xml")) == len(shapes)
+        objects = json.loads((folder / "tiles.geojson").read_text())["features"]
+        measured = [float(feature["properties"]["measurements"]["probability"]) for feature in objects]
+        np.testing.assert_allclose(measured, [float(t["probability"]) for t in read_rows(folder / "tiles.csv")])
 
 
 # A cohort of drawn squares
@@ -253,7 +295,7 @@ def test_a_model_that_is_damaged_or_of_another_network_is_refused(model, tmp_pat
     card = json.loads((other / "model.json").read_text())
     card["architecture"]["head"] = 128
     (other / "model.json").write_text(json.dumps(card))
-    with pytest.raises(WorkdirError, match=r"weights\.npz is of another network than model\.json: .* arrays differ"):
+    with pytest.raises(WorkdirError, match=r"weights are of another network than the card.s: .* arrays differ"):
         Model.load(other)
     (other / "weights.npz").write_bytes((other / "weights.npz").read_bytes()[:1000])
     with pytest.raises(WorkdirError, match="weights"):

@@ -9,6 +9,8 @@ import pytest
 
 from srcc_jax import metrics, report
 from srcc_jax.metrics import Interval
+from srcc_jax.report_page import format_cell
+from srcc_jax.report_plots import roc_plot
 
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -56,7 +58,14 @@ def full_report(**changes):
             {"WS": {"AUC": Interval(0.9, 0.8, 1.0)}}, {"WS": {"AUC": Interval(0.99, 0.98, 1.0)}}, paper_name="the paper"
         ),
         "slides": [
-            report.SlideRow(slide_id="s1", probability=0.8, images={"map": b"\x89PNG", "cam": "maps/s 1#.png"}),
+            report.SlideRow(
+                slide_id="s1",
+                probability=0.8,
+                tissue=0.294,
+                flags=["little tissue", "pen marks"],
+                page="slides/s 1/report.html",
+                images={"map": b"\x89PNG", "cam": "maps/s 1#.png", "top": b"\xff\xd8"},
+            ),
             report.SlideRow(slide_id="s9", status="failed", reason="truncated"),
         ],
         "training": {"training": (np.arange(3), np.array([1.0, 0.5, 0.25]))},
@@ -76,6 +85,7 @@ def test_page_shows_every_part_and_its_tags_match():
         "FS (AUC 0.2500)",
         "this run the paper",
         "0.9000 [0.8000, 1.0000] 0.9900 [0.9800, 1.0000]",
+        "0.8000 29.4% little tissue pen marks done",
         "failed: truncated",
         "s9: truncated",
         "top_k 1",
@@ -93,15 +103,23 @@ def test_empty_parts_are_left_out():
 def test_page_asks_nothing_of_the_network_and_pictures_are_embedded_or_linked():
     text = report.render(full_report())
     sources = [attributes["src"] for _, attributes in Page(text).elements if "src" in attributes]
-    assert sources == ["data:image/png;base64,iVBORw==", "maps/s%201%23.png"]
+    assert sources == ["data:image/png;base64,iVBORw==", "maps/s%201%23.png", "data:image/jpeg;base64,/9g="]
     targets = [v for _, a in Page(text).elements for k, v in a.items() if k in ("href", "xlink:href", "action")]
-    assert all(target.startswith("#") for target in targets)
+    assert [target for target in targets if not target.startswith("#")] == ["slides/s%201/report.html"]
     assert not re.search(r"@import|url\((?!#)", text)
 
 
 def test_text_from_outside_cannot_become_markup():
     attack = '--><script>alert("x")</script>'
-    row = report.SlideRow(slide_id=attack, label=attack, patient_id=attack, reason=attack, images={attack: attack})
+    row = report.SlideRow(
+        slide_id=attack,
+        label=attack,
+        patient_id=attack,
+        reason=attack,
+        flags=[attack],
+        page=attack,
+        images={attack: attack},
+    )
     curve = metrics.roc_curve(np.array([0, 1]), np.array([0.1, 0.9]))
     page = full_report(
         title=attack, subtitle=attack, notes=[attack], warnings=[attack], slides=[row], versions={attack: attack},
@@ -109,13 +127,51 @@ def test_text_from_outside_cannot_become_markup():
         summary={attack: {attack: Interval(0, 0, 0)}},
         comparison=report.Table([attack], [[attack]], [(attack, 1)], attack),
     )  # fmt: skip
-    elements = Page(report.render(page)).elements
-    assert [tag for tag, _ in elements].count("script") == 1
+    slide = report.SlidePage(
+        slide_id=attack, subtitle=attack, flags=[attack], images={attack: attack}, facts={attack: attack},
+        tiles=[report.TileRow(picture=attack, x=0, y=0, probability=1)],
+    )  # fmt: skip
+    for text in (report.render(page), report.render_slide(slide)):
+        assert [tag for tag, _ in Page(text).elements].count("script") == 1
+
+
+def test_columns_that_no_slide_fills_are_left_out():
+    def headings(**values):
+        page = Page(
+            report.render(report.Report(title="", slides=[report.SlideRow(slide_id="a"), report.SlideRow(**values)]))
+        )
+        return page.text.split("enlarges it. ")[1].split(" a ")[0]
+
+    assert headings(slide_id="b", patient_id="b") == "slide probability status"
+    full = {"patient_id": "p", "label": "srcc", "tissue": 0.1, "tiles": 3, "flags": ["x"], "images": {"map": "m.png"}}
+    assert headings(slide_id="b", **full) == "slide patient label probability tissue tiles flags status pictures"
+
+
+def test_configuration_reads_well():
+    page = Page(report.render(full_report(configuration={"speed": 419.66271, "seconds": {"read": 4.7843, "all": 30}})))
+    assert "speed 419.7 seconds read 4.784, all 30" in page.text
+
+
+def test_a_path_cannot_become_a_program():
+    row = report.SlideRow(slide_id="a", page="javascript:alert(1)")
+    assert 'href="javascript%3Aalert%281%29"' in report.render(full_report(slides=[row]))
+
+
+def test_many_warnings_are_cut_and_say_so():
+    text = Page(report.render(full_report(warnings=[f"slide {n} is bad" for n in range(173)]))).text
+    assert "slide 49 is bad" in text and "slide 50 is bad" not in text and "and 123 more: see the table" in text
+
+
+def test_page_of_thousands_of_slides_stays_small_when_pictures_are_linked():
+    reason = "2 of 312 tiles could not be read: tile at row 3, column 9 of level 0 has no JPEG header"
+    images = {name: f"slides/TCGA-0001/preview/{name}.jpg" for name in ("probability", "gradcam", "top_tiles")}
+    row = report.SlideRow(slide_id="TCGA-0001", reason=reason, flags=["pen marks"], page="slides/a.html", images=images)
+    assert len(report.render(report.Report(title="many", slides=[row] * 5000))) < 8_000_000
 
 
 def test_plots_are_svg_and_the_same_every_time():
     curve = metrics.roc_curve(np.array([0, 1, 1]), np.array([0.1, 0.9, 0.05]))
-    first, second = (report.roc_plot({"a & b": curve}) for _ in range(2))
+    first, second = (roc_plot({"a & b": curve}) for _ in range(2))
     assert first == second
     figure = xml.etree.ElementTree.fromstring(first.replace("xlink:", ""))
     assert figure[0].tag == "{http://www.w3.org/2000/svg}svg"
@@ -125,7 +181,7 @@ def test_plots_are_svg_and_the_same_every_time():
 def test_names_of_models_are_no_mathematics():
     """Matplotlib would typeset what stands between two dollar signs."""
     curve = metrics.roc_curve(np.array([0, 1]), np.array([0.1, 0.9]))
-    assert "$top_k$ (AUC 1.0000)" in Page(report.roc_plot({"$top_k$": curve})).text
+    assert "$top_k$ (AUC 1.0000)" in Page(roc_plot({"$top_k$": curve})).text
 
 
 def test_one_page_from_equal_input():
@@ -155,7 +211,7 @@ def test_comparison_keeps_the_order_of_the_paper_and_shows_what_is_absent():
     ],
 )
 def test_cells(cell, text):
-    assert report.format_cell(cell) == text
+    assert format_cell(cell) == text
 
 
 def test_markdown_table():

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from data_pipelines.scan import ScanJob, ScanShape, prefetch, scan
+from data_pipelines.scan import ScanJob, ScanShape, prefetch, scan, work_ahead
 from data_pipelines.slides import RegionError
 from data_pipelines.tiles import Grid, tile_slide
 
@@ -100,6 +100,26 @@ def test_regions_are_read_ahead_but_boundedly():
     time.sleep(0.05)
     assert slide.reads <= 8
     iterator.close()
+
+
+def test_work_ahead_keeps_order_is_bounded_and_passes_errors_on():
+    begun = []
+
+    def slow(item):
+        begun.append(item)
+        time.sleep(0.01 if item % 2 else 0.0)
+        if item == 20:
+            raise RegionError("the last")
+        return -item
+
+    with contextlib.closing(work_ahead(range(21), slow, threads=3, ahead=4)) as results:
+        assert next(results) == 0 and len(begun) <= 5
+        with pytest.raises(RegionError, match="the last"):
+            assert [-item for item in results] == list(range(1, 20))
+    begun.clear()
+    with contextlib.closing(work_ahead(range(1000), slow, threads=1, ahead=2)) as results:
+        next(results)
+    assert len(begun) <= 4
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():

@@ -127,3 +127,17 @@ def test_waiting_is_counted_where_the_source_is_slow(scorers, variables, batches
 def test_probabilities_of_confident_models_keep_their_order():
     found = probability(np.array([-30.0, 0.0, 16.0, 20.0, np.nan], np.float32))
     assert found[1] == 0.5 and 0 < found[0] < 1e-12 and found[2] < found[3] < 1 and np.isnan(found[4])
+
+
+def test_a_tile_gives_the_same_bits_whatever_shares_its_batch(scorers, variables, batches):
+    """Its place, its neighbours and their number: processes that divide a cohort, and a run that goes on, batch otherwise."""
+    scorer, batch = scorers["one"], batches[0]
+    folded = scorer.fold(variables)
+    found = {}
+    for order in ([0, 1, 2, 3, 4, 5], [5, 3, 4, 0, 2, 1], [1, 2, 3], [2, 0], [3], [4], [5]):
+        window, row = np.zeros_like(batch.window), np.full_like(batch.row, -1)
+        window[: len(order)], row[: len(order)] = batch.window[order], batch.row[order]
+        (scored,) = scorer.score(folded, [ScanBatch(batch.image, window, row, len(order), ())])
+        for place, tile in enumerate(scored.row):
+            found.setdefault(int(tile), []).append(scored.logit[place].tobytes() + scored.cam[place].tobytes())
+    assert len(found) == 6 and all(len(values) > 2 and len(set(values)) == 1 for values in found.values())

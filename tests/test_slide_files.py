@@ -40,6 +40,19 @@ def test_find_slides_takes_plain_images_where_there_is_nothing_else(tmp_path):
     assert [path.name for path in find_slides(tmp_path)] == ["y.jpg", "x.png"]
 
 
+def test_find_slides_leaves_out_results_that_lie_among_the_slides(tmp_path):
+    for name in (
+        "a.svs",
+        "out/slides/a/probability.ome.tiff",
+        "out/state/a/scores.npz",
+        "other/slides/b.tif",
+        "state/c.tif",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.name for path in find_slides(tmp_path)] == ["a.svs", "b.tif", "c.tif"]
+
+
 def test_find_slides_tells_dicom_series_apart(tmp_path):
     def dicom(name: str, uid: bytes) -> None:
         header = bytes(128) + b"DICM" + b"\x20\x00\x0e\x00UI" + len(uid).to_bytes(2, "little") + uid

@@ -1,6 +1,6 @@
-"""EfficientNet-B1 in torch and in JAX as two processes that take turns: each measures one round when it is asked to.
+"""A network in torch and in JAX as two processes that take turns: each measures one round when it is asked to.
 
-python -m experiments.run.peers torch train 16      (reads a line per round from standard input, answers with seconds)
+python -m experiments.run.peers torch train b1 224 16      (a line of standard input is a round, the answer its seconds)
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-SIDE = 224
+from experiments.run.torch_peers import DENSE, torch_task
+
+if TYPE_CHECKING:
+    from srcc_jax.models.architecture import Architecture
+
 # torch gives freed memory back to the system and asks for it again at every step, which costs it up to 3.7 times on CPU.
 TORCH_MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
@@ -30,9 +34,9 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 class Peer:
     """A child process that runs one task of one framework whenever `seconds` is called."""
 
-    def __init__(self, framework: str, task: str, batch: int):
+    def __init__(self, framework: str, task: str, network: str, side: int, batch: int):
         environment = {**os.environ, **HUGE_PAGES, **(TORCH_MALLOC if framework == "torch" else {})}
-        line = [sys.executable, "-m", "experiments.run.peers", framework, task, str(batch)]
+        line = [sys.executable, "-m", "experiments.run.peers", framework, task, network, str(side), str(batch)]
         self._process = subprocess.Popen(
             line, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -57,39 +61,7 @@ def interleaved(one: Callable[[], float], other: Callable[[], float], *, rounds:
     return pairs[:, 0], pairs[:, 1]
 
 
-def torch_task(task: str, batch: int) -> Callable[[], None]:
-    """torchvision's EfficientNet-B1, channels last, with the settings that are fastest on CPU."""
-    import torch
-
-    # torchvision's wheel is built for CUDA; beside torch's CPU build its operators are absent, and only their names are needed.
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    from torchvision.models import efficientnet_b1
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = efficientnet_b1(num_classes=1).to(memory_format=torch.channels_last)
-    image = torch.randn(batch, 3, SIDE, SIDE).to(memory_format=torch.channels_last)
-    if task == "infer":
-        model.eval()
-
-        def infer() -> None:
-            with torch.inference_mode():
-                model(image)
-
-        return infer
-    label = (torch.arange(batch) % 2).float()
-    adam = torch.optim.Adam(model.parameters(), 1e-3)
-
-    def train() -> None:
-        adam.zero_grad()
-        torch.nn.functional.binary_cross_entropy_with_logits(model(image)[:, 0], label).backward()
-        adam.step()
-
-    return train
-
-
-def jax_task(task: str, batch: int) -> Callable[[], None]:
+def jax_task(task: str, network: str, side: int, batch: int) -> Callable[[], None]:
     """Ours, as the experiments run it: all cores as devices, folded for inference, the step of `fit` for training."""
     import jax
     import optax
@@ -99,18 +71,19 @@ def jax_task(task: str, batch: int) -> Callable[[], None]:
     from srcc_jax.losses import binary_cross_entropy
     from srcc_jax.models.architecture import normalize
     from srcc_jax.models.layers import fold_batch_norm
-    from srcc_jax.models.zoo import architecture, build, init
+    from srcc_jax.models.zoo import build, init
     from srcc_jax.train import init_state, make_train_step
 
     prefer_wide_vectors()
     parallel.set_cpu_devices(len(os.sched_getaffinity(0)))
-    mesh, net = parallel.make_mesh(), architecture("b1", source="torchvision", classes=1)
+    mesh, net = parallel.make_mesh(), _architecture(network)
     variables = init(net, jax.random.key(0))
-    image = np.random.default_rng(0).integers(0, 256, (batch, SIDE, SIDE, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), np.uint8)
     if task == "infer":
         return _jax_inference(net, fold_batch_norm(variables, epsilon=net.bn_epsilon), image, mesh)
     adam = optax.flatten(optax.adam(1e-3))
-    loss = binary_cross_entropy(build(net), prepare=lambda image, key: normalize(image, net))
+    make_loss = _pixel_loss if network in DENSE else binary_cross_entropy
+    loss = make_loss(build(net), prepare=lambda image, key: normalize(image, net))
     step, state = make_train_step(loss, adam, mesh), init_state(variables, adam, 0, mesh)
     arrays = {"image": image, "label": np.arange(batch, dtype=np.float32) % 2, "weight": np.ones(batch, np.float32)}
 
@@ -132,9 +105,10 @@ def _jax_inference(net, folded, image: np.ndarray, mesh) -> Callable[[], None]:
     from srcc_jax.models.zoo import build
 
     network: Any = build(net, folded=True)
+    output = "dense" if net.name in DENSE else "logits"
     outputs = make_window_fn(
-        lambda variables, windows: network.apply(variables, normalize(windows, net), train=False)["logits"],
-        tile=SIDE,
+        lambda variables, windows: network.apply(variables, normalize(windows, net), train=False)[output],
+        tile=image.shape[1],
         mesh=mesh,
     )
     folded = parallel.replicate(folded, mesh)
@@ -142,9 +116,33 @@ def _jax_inference(net, folded, image: np.ndarray, mesh) -> Callable[[], None]:
     return lambda: jax.block_until_ready(outputs(folded, image, window, len(image)))
 
 
-def main(framework: str, task: str, batch: str) -> None:
+def _architecture(network: str) -> Architecture:
+    """With one class, under the conventions of torch where the family has them."""
+    from srcc_jax.models import zoo
+
+    sources = zoo.family(network).sources
+    return zoo.architecture(
+        network, source="torchvision" if "torchvision" in sources else next(iter(sources)), classes=1
+    )
+
+
+def _pixel_loss(model, *, prepare):
+    """Mean cross-entropy of all pixels with the label of their image."""
+    import jax
+    import optax
+
+    def loss_fn(params, stats, batch, key):
+        image = prepare(batch["image"], key)
+        out, stats = model.apply({"params": params, **stats}, image, train=True, mutable=list(stats))
+        label = jax.numpy.broadcast_to(batch["label"][:, None, None, None], out["dense"].shape)
+        return optax.sigmoid_binary_cross_entropy(out["dense"], label).mean(), (stats, {})
+
+    return loss_fn
+
+
+def main(framework: str, task: str, network: str, side: str, batch: str) -> None:
     """Answers each line of standard input with the seconds of one round."""
-    run = {"torch": torch_task, "jax": jax_task}[framework](task, int(batch))
+    run = {"torch": torch_task, "jax": jax_task}[framework](task, network, int(side), int(batch))
     for _ in sys.stdin:
         began = time.perf_counter()
         run()

@@ -6,13 +6,15 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from data_pipelines.scan import ScanBatch
+from data_pipelines.scan import ScanBatch, ScanShape
+from experiments.run.device_clock import DeviceClock
 from srcc_jax.kernels.grad_cam import grad_cam
 from srcc_jax.kernels.windows import make_window_fn
 from srcc_jax.models.architecture import Architecture, normalize
@@ -23,12 +25,14 @@ from srcc_jax.parallel import replicate
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """row int [n] of scored tiles, logit float32 [n], cam float32 [n, h, w] or None; failed: rows that were not readable, with reasons."""
+    """row int [n] of scored tiles, logit float32 [n], cam float32 [n, h, w] or None; failed: rows that were not readable, with
+    reasons; seconds: for how long the device was at it."""
 
     row: np.ndarray
     logit: np.ndarray
     cam: np.ndarray | None
     failed: tuple[tuple[int, str], ...]
+    seconds: float = 0.0
 
 
 class TileScorer:
@@ -58,26 +62,30 @@ class TileScorer:
         """Inference weights on the mesh's devices."""
         return replicate(self._fold(variables), self._mesh)
 
+    def compile(self, folded: Mapping[str, Any], shape: ScanShape) -> None:
+        """Compiles for batches of this shape, by scoring one without windows: it need not wait for the first slide."""
+        image = np.zeros((shape.regions, shape.side, shape.side, 3), np.uint8)
+        jax.block_until_ready(self._outputs(folded, image, np.zeros((shape.windows, 3), np.int32), 0))
+
     @property
     def waiting_share(self) -> float:
-        """Share of the time in which the device had nothing to do because no batch was ready."""
+        """Share of the time in which the device had nothing to do, because no batch was ready or nobody took its results."""
         return self.waited_seconds / self.seconds if self.seconds else 0.0
 
     def score(self, folded: Mapping[str, Any], batches: Iterable[ScanBatch]) -> Iterator[Scored]:
         """Results of each batch, one batch behind: while the device works on one, the next is read and the last written."""
-        began, iterator, pending = time.perf_counter(), iter(batches), None
-        while True:
-            asked = time.perf_counter()
-            batch = next(iterator, None)
-            if pending is None or _ready(pending[1]):
-                self.waited_seconds += time.perf_counter() - asked
-            running = None if batch is None else (batch, self._outputs(folded, batch.image, batch.window, batch.count))
-            if pending is not None:
-                yield self._fetch(*pending)
-            pending = running
-            if batch is None:
-                break
-        self.seconds += time.perf_counter() - began
+        iterator, pending = iter(batches), None
+        with DeviceClock() as clock:
+            while True:
+                batch = next(iterator, None)
+                running = None if batch is None else (batch, *self._begin(clock, folded, batch))
+                if pending is not None:
+                    yield self._fetch(*pending)
+                pending = running
+                if batch is None:
+                    break
+        self.seconds += clock.seconds
+        self.waited_seconds += clock.seconds - clock.busy_seconds
 
     def logits(
         self,
@@ -95,16 +103,21 @@ class TileScorer:
             scored_tiles(len(scored.row))
         return table
 
-    def _fetch(self, batch: ScanBatch, outputs: Mapping[str, jax.Array]) -> Scored:
+    def _begin(
+        self, clock: DeviceClock, folded: Mapping[str, Any], batch: ScanBatch
+    ) -> tuple[Mapping[str, jax.Array], Future[float]]:
+        began = time.perf_counter()
+        outputs = self._outputs(folded, batch.image, batch.window, batch.count)
+        return outputs, clock.watch(began, outputs)
+
+    def _fetch(self, batch: ScanBatch, outputs: Mapping[str, jax.Array], seconds: Future[float]) -> Scored:
         values = {name: np.asarray(value)[: batch.count] for name, value in outputs.items()}
         self.tiles += batch.count
-        return Scored(batch.row[: batch.count], values["logit"], values.get("cam"), batch.failed)
+        return Scored(
+            batch.row[: batch.count], values["logit"], values.get("cam"), batch.failed, seconds=seconds.result()
+        )
 
 
 def probability(logit: np.ndarray) -> np.ndarray:
     """Sigmoid in float64, so that a confident model keeps its differences; NaN stays NaN."""
     return 1 / (1 + np.exp(-np.asarray(logit, np.float64)))
-
-
-def _ready(outputs: Mapping[str, jax.Array]) -> bool:
-    return all(value.is_ready() for value in outputs.values())  # type: ignore[attr-defined]

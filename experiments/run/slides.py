@@ -6,10 +6,13 @@ import collections
 import dataclasses
 import functools
 import pathlib
+import struct
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import PIL.Image
 
 from data_pipelines.annotations import AnnotationError
 from data_pipelines.cohort import SlideRecord, read_cohort
@@ -26,6 +29,12 @@ NOT_ANNOTATED = (
     "none of its tiles with tissue is annotated: look at its annotation, lower --min_annotated, "
     "or take its tiles from anywhere with --mode=ws --noannotations"
 )
+
+# What readers have been seen to raise, or may, on files that nobody thought of. Memory too: one slide's headers may ask for all.
+UNEXPECTED = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError,
+    struct.error, zlib.error, PIL.Image.DecompressionBombError,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
