@@ -64,7 +64,7 @@ def folder_patches(root: Path | str, *, seed: int, validation: float = 0.2) -> d
     The share `validation` of each class of train becomes the validation split. Raises ValueError where a folder is missing.
     """
     root = Path(root)
-    train, test = (_classes(root / name) for name in ("train", "test"))
+    train, test = (class_folders(root / name) for name in ("train", "test"))
     if train.keys() != test.keys():
         raise ValueError(
             f"{root}: train has the classes {sorted(train)}, test has {sorted(test)}; they must be the same"
@@ -96,7 +96,8 @@ def pcam_patches(
     return splits
 
 
-def _classes(folder: Path) -> dict[str, list[Path]]:
+def class_folders(folder: Path) -> dict[str, list[Path]]:
+    """Class -> its image files, sorted, of the folders <folder>/<class>/. Raises ValueError where there is none."""
     classes = {
         place.name: sorted(file for file in place.iterdir() if file.suffix.lower() in _IMAGES)
         for place in (sorted(folder.iterdir()) if folder.is_dir() else ())

@@ -101,6 +101,13 @@ def specificity(
     return _divide(counts.tn, counts.tn + counts.fp)
 
 
+def accuracy(label: np.ndarray, score: np.ndarray, *, threshold: float, weight: np.ndarray | None = None) -> np.ndarray:
+    """Share of all that is called what it is."""
+    counts = confusion(label, score, threshold=threshold, weight=weight)
+    right = counts.tp + counts.tn
+    return _divide(right, right + counts.fp + counts.fn)
+
+
 def roc_curve(label: np.ndarray, score: np.ndarray) -> RocCurve:
     """One point per distinct score (ties together), none left out; ValueError where all labels are one class."""
     tp, fp = _at_or_above(label, score, None)

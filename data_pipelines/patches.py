@@ -1,0 +1,246 @@
+"""Labelled patches, each an image file of its own: from folders or lists to a table, and from its rows to batches.
+
+A batch is a function of the seed and the step, like those cut from slides (see `stream`), but read without TensorFlow.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.cohort import Cohort, SlideRecord, assign_splits
+from data_pipelines.cohort_rows import SPLIT_NAMES, listed
+from data_pipelines.exports import write_table
+from data_pipelines.mosaics import class_folders
+from data_pipelines.scan import work_ahead
+
+_ROWS = 0  # purpose that a run's seed is folded with
+_OPTIONAL = ("slide_id", "patient_id", "split")
+
+
+class PatchesError(ValueError):
+    """Patches that cannot be used. Names the file, the lines concerned and the cure."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Patches:
+    """N patches. path: their files; label, slide_id, patient_id, split: str [N], "" where not known."""
+
+    path: tuple[Path, ...]
+    label: np.ndarray
+    slide_id: np.ndarray
+    patient_id: np.ndarray
+    split: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.path)
+
+    @property
+    def unit(self) -> np.ndarray:
+        """Whose each patch is, str [N]: its patient, or its slide, or itself where neither is known."""
+        own = np.array([f"patch {row}" for row in range(len(self))])
+        return np.select([self.patient_id != "", self.slide_id != ""], [self.patient_id, self.slide_id], own)
+
+    def is_one_of(self, labels: Collection[str]) -> np.ndarray:
+        """bool [N]: whether the label is one of these."""
+        return np.isin(self.label, list(labels))
+
+    def rows(self, split: str) -> np.ndarray:
+        """int [n]: the rows of a split."""
+        return np.flatnonzero(self.split == split)
+
+    def digest(self) -> str:
+        """16 digits that change with any name, label or split; not with what is in the files."""
+        fields = ([path.name for path in self.path], self.label, self.unit, self.split)
+        return hashlib.sha256("\n".join("\t".join(row) for row in zip(*fields)).encode()).hexdigest()[:16]
+
+
+def read_patches(path: str | os.PathLike[str]) -> Patches:
+    """A folder <class>/<image>, with or without <split>/ above it (train, val or validation, test); or a CSV list.
+
+    The list has the columns path (relative to it) and label, and may have slide_id, patient_id and split; PatchCamelyon's, with
+    the columns id and label, stands beside images/<id>.tif. Raises PatchesError that tells all problems.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PatchesError(f"{path}: there is no such folder or list of patches")
+    return _from_folder(path) if path.is_dir() else _from_list(path)
+
+
+def split_patches(patches: Patches, *, seed: int) -> Patches:
+    """The same with a split for every patch: those of a patient (or a slide) stay together, labels are spread over the splits.
+
+    Splits that are given stay as they are. Raises CohortError where a label cannot be in every split.
+    """
+    records = (
+        SlideRecord(str(row), path, str(label), str(unit), str(split) or None)
+        for row, (path, label, unit, split) in enumerate(
+            zip(patches.path, patches.label, patches.unit, patches.split, strict=True)
+        )
+    )
+    divided = assign_splits(Cohort(tuple(records)), seed=seed)
+    return dataclasses.replace(patches, split=np.array([record.split for record in divided]))
+
+
+def write_patches(path: str | os.PathLike[str], patches: Patches) -> None:
+    """Writes the list that `read_patches` reads, with paths relative to its folder."""
+    folder = Path(path).absolute().parent
+    columns: dict[str, Sequence | np.ndarray] = {
+        "path": [os.path.relpath(file.absolute(), folder) for file in patches.path],
+        "label": patches.label,
+    }
+    write_table(path, columns | {name: getattr(patches, name) for name in _OPTIONAL})
+
+
+def _table(files: Sequence[Path], label: Sequence[str], **known: Sequence[str]) -> Patches:
+    unknown = np.full(len(files), "")
+    columns = {name: np.array(known[name], np.str_) if name in known else unknown for name in _OPTIONAL}
+    return Patches(tuple(files), np.array(label, np.str_), **columns)
+
+
+def _from_folder(folder: Path) -> Patches:
+    names = sorted(place.name for place in folder.iterdir() if place.is_dir())
+    splits = {name: SPLIT_NAMES[name] for name in names if name in SPLIT_NAMES}
+    found: list[tuple[Path, str, str]] = []
+    try:
+        for place, split in splits.items() or [("", "")]:
+            classes = class_folders(folder / place)
+            found += [(file, name, split) for name, files in classes.items() for file in files]
+    except ValueError as error:
+        raise PatchesError(str(error)) from error
+    if splits and len(splits) < len(names):
+        others = listed([name for name in names if name not in splits])
+        raise PatchesError(
+            f"{folder}: {others} beside {listed(list(splits))}: folders are splits, or classes, not both"
+        )
+    if not found:
+        raise PatchesError(f"{folder}: its folders of classes hold no images")
+    files, label, split_of = zip(*found)
+    return _table(files, label, split=split_of)
+
+
+def _from_list(path: Path) -> Patches:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            names = [name.strip().lower() for name in reader.fieldnames or ()]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise PatchesError(f"{path}: not a CSV list in UTF-8 ({error}): write it again") from error
+    cells = [dict(zip(names, ((value or "").strip() for value in row.values()))) for row in rows]
+    if "label" not in names or not {"path", "id"} & set(names) or not cells:
+        raise PatchesError(
+            f"{path}: needs the columns path and label, and a line for each patch; it has {listed(names)}"
+        )
+    files = [path.parent / (row["path"] if "path" in names else f"images/{row['id']}.tif") for row in cells]
+    problems = []
+    for line, (row, image) in enumerate(zip(cells, files), start=2):
+        if not row["label"]:
+            problems.append(f"line {line}: no label")
+        if not image.is_file():
+            problems.append(f"line {line}: there is no file {image}")
+        if row.get("split", "").lower() not in ("", *SPLIT_NAMES):
+            problems.append(f"line {line}: split {row['split']!r} is none of {', '.join(SPLIT_NAMES)}")
+    if len({bool(row.get("split")) for row in cells}) > 1:
+        problems.append("some patches have a split and others none: give all one, or none")
+    if problems:
+        raise PatchesError(f"{path}: {listed(problems)}")
+    known = {name: [row[name] for row in cells] for name in _OPTIONAL if name in names}
+    if "split" in known:
+        known["split"] = [SPLIT_NAMES[name.lower()] if name else "" for name in known["split"]]
+    return _table(files, [row["label"] for row in cells], **known)
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchBatch:
+    """arrays: image uint8 [B, side, side, 3], label float32 [B], weight float32 [B] (0 for padding and for files that cannot be
+    read), row int32 [B] (-1 for padding). failed: row -> why it could not be read."""
+
+    arrays: dict[str, np.ndarray]
+    failed: dict[int, str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PatchReader:
+    """Pixels for rows of a table. target float [N]: what becomes `label`. side: all patches are resized to it (bilinear, as the
+    published pipelines do), in pixels."""
+
+    patches: Patches
+    target: np.ndarray
+    side: int
+
+    def read(self, rows: np.ndarray, *, size: int) -> PatchBatch:
+        """The batch of these rows, filled up with padding to `size`."""
+        arrays: dict[str, np.ndarray] = {
+            "image": np.zeros((size, self.side, self.side, 3), np.uint8),
+            "label": np.zeros(size, np.float32),
+            "weight": np.zeros(size, np.float32),
+            "row": np.full(size, -1, np.int32),
+        }
+        failed: dict[int, str] = {}
+        for place, row in enumerate(rows):
+            arrays["row"][place], arrays["label"][place] = row, self.target[row]
+            try:
+                arrays["image"][place] = self._pixels(self.patches.path[row])
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                failed[int(row)] = f"{self.patches.path[row]}: no image can be read from it ({error})"
+            else:
+                arrays["weight"][place] = 1
+        return PatchBatch(arrays, failed)
+
+    def _pixels(self, path: Path) -> np.ndarray:
+        with Image.open(path) as image:
+            pixels = image.convert("RGB")
+        if pixels.size != (self.side, self.side):
+            pixels = pixels.resize((self.side, self.side), Image.Resampling.BILINEAR)
+        return np.asarray(pixels)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShuffledRows:
+    """The rows of each step, a function of the seed and the step: passes over `rows` int [n], each in a new order; a batch that
+    an epoch does not fill is filled from the next."""
+
+    rows: np.ndarray
+    batch: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Need not be whole."""
+        return len(self.rows) / self.batch
+
+    def __call__(self, step: int) -> np.ndarray:
+        """int [batch]."""
+        epochs, within = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch), len(self.rows))
+        orders = {
+            epoch: np.random.default_rng([self.seed, _ROWS, epoch]).permutation(self.rows)
+            for epoch in np.unique(epochs)
+        }
+        return np.array([orders[epoch][place] for epoch, place in zip(epochs, within)])
+
+
+def patch_batches(
+    reader: PatchReader,
+    rows: Callable[[int], np.ndarray],
+    *,
+    size: int,
+    begin: int,
+    end: int,
+    threads: int = 2,
+) -> Iterator[PatchBatch]:
+    """The batches of the steps begin..end-1, in order, read ahead in threads. rows(step): at most `size` rows of the table."""
+    yield from work_ahead(
+        range(begin, end),
+        lambda step: reader.read(rows(step), size=size),
+        threads=threads,
+        ahead=threads + 1,
+        name="patches",
+    )
