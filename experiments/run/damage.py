@@ -53,14 +53,11 @@ def _tiles_damaged(every: int) -> Callable[[pathlib.Path, pathlib.Path], None]:
     return damage
 
 
-def _sparse(sound: pathlib.Path, path: pathlib.Path) -> None:
-    """The scanner wrote no bytes for tiles that do hold tissue: every second one."""
-    shutil.copy(sound, path)
-    with tifffile.TiffFile(path, mode="r+") as tif:
-        for number in range(len(tif.pages)):
-            for name in ("TileOffsets", "TileByteCounts"):
-                tag = tif.pages[number].aspage().tags[name]
-                tag.overwrite([0 if n % 2 else value for n, value in enumerate(tag.value)])
+def _gray(sound: pathlib.Path, path: pathlib.Path) -> None:
+    """A scan of fluorescence among the stained ones."""
+    with tifffile.TiffWriter(path) as writer:
+        pixels = tifffile.imread(sound, level=0)[..., 0]
+        writer.write(pixels, tile=(256, 256), resolution=(20_000, 20_000), resolutionunit="CENTIMETER", metadata=None)
 
 
 def _blank(sound: pathlib.Path, path: pathlib.Path) -> None:
@@ -84,7 +81,7 @@ DAMAGES: dict[str, tuple[str, Callable[[pathlib.Path, pathlib.Path], object]]] =
     "absurd_scale": (".tiff", _absurd_scale),
     "some_tiles_damaged": (".tiff", _tiles_damaged(6)),
     "all_tiles_damaged": (".tiff", _tiles_damaged(1)),
-    "tiles_without_bytes": (".tiff", _sparse),
+    "gray": (".tiff", _gray),
     "no_tissue": (".tiff", _blank),
     "cut_picture": (".png", _cut_picture),
 }
