@@ -25,7 +25,8 @@ MAGNIFICATION_MPP = 10.0  # magnification times µm per pixel, as TRIDENT has it
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TiledSlide:
-    """What the files tell about their slide. width, height: level-0 px; slide_mpp: µm per level-0 px, mpp_source: from where."""
+    """What the files tell about their slide. width, height: level-0 px; slide_mpp: µm per level-0 px, mpp_source: from where;
+    about: further attributes of the files as a whole."""
 
     slide_id: str
     grid: Grid
@@ -33,6 +34,7 @@ class TiledSlide:
     mpp_source: str
     width: int
     height: int
+    about: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
 
     @property
     def side(self) -> int:
@@ -79,9 +81,14 @@ def write_clam(
         "save_path": str(folder / "patches"),
     }
     columns = _columns(features, scores, dtype)
-    places, values = folder / "patches" / f"{slide.slide_id}.h5", folder / "h5_files" / f"{slide.slide_id}.h5"
+    places, values = clam_files(folder, slide)
     with _create(slide, places, values, columns, {"coords": placed}, {}) as rows:
         yield rows
+
+
+def clam_files(folder: str | os.PathLike[str], slide: TiledSlide) -> tuple[Path, Path]:
+    """The two files that `write_clam` makes: places, features."""
+    return Path(folder) / "patches" / f"{slide.slide_id}.h5", Path(folder) / "h5_files" / f"{slide.slide_id}.h5"
 
 
 @contextlib.contextmanager
@@ -100,6 +107,7 @@ def write_trident(
     when it ends without an error. Magnifications are 10 / (µm per pixel): whole numbers only where the µm are such, but
     their ratio, by which TRIDENT finds a tile's side at level 0, is right on every scanner.
     """
+    places, values = trident_files(folder, slide, encoder)
     folder = Path(folder) / trident_folder(slide.grid)
     placed = {
         "patch_size": slide.grid.tile,
@@ -114,10 +122,14 @@ def write_trident(
     }
     encoded = {"name": slide.slide_id, "savetodir": str(folder / f"features_{encoder}"), "encoder": encoder}
     columns = _columns(features, scores, dtype)
-    places = folder / "patches" / f"{slide.slide_id}_patches.h5"
-    values = folder / f"features_{encoder}" / f"{slide.slide_id}.h5"
     with _create(slide, places, values, columns, {"coords": placed}, {"coords": placed, "features": encoded}) as rows:
         yield rows
+
+
+def trident_files(folder: str | os.PathLike[str], slide: TiledSlide, encoder: str) -> tuple[Path, Path]:
+    """The two files that `write_trident` makes: places, features."""
+    folder = Path(folder) / trident_folder(slide.grid)
+    return folder / "patches" / f"{slide.slide_id}_patches.h5", folder / f"features_{encoder}" / f"{slide.slide_id}.h5"
 
 
 def trident_folder(grid: Grid) -> str:
@@ -232,7 +244,9 @@ def _create(
 
 
 def _lay_out(file: h5py.File, slide: TiledSlide, columns: Mapping[str, _Column], about: Attributes) -> None:
-    file.attrs.update({"mpp": slide.grid.mpp, "slide_mpp": slide.slide_mpp, "mpp_source": slide.mpp_source})
+    file.attrs.update(
+        {"mpp": slide.grid.mpp, "slide_mpp": slide.slide_mpp, "mpp_source": slide.mpp_source, **slide.about}
+    )
     for name, column in columns.items():
         shape, chunks = (0, *column.shape), (CHUNK_ROWS, *column.shape)
         dataset = file.create_dataset(name, shape, column.dtype, maxshape=(None, *column.shape), chunks=chunks)

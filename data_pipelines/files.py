@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import uuid
@@ -24,6 +25,17 @@ _CURES = {
 
 class OutputError(RuntimeError):
     """Results cannot be written: names path, reason and cure. No OSError, lest it pass for one slide's read error."""
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """A block that writes to `path`: an OSError that says why it cannot becomes OutputError, with the cure."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _CURES:
+            raise OutputError(f"cannot write {path}: {error.strerror}; {_CURES[error.errno]}") from error
+        raise
 
 
 @contextlib.contextmanager
@@ -51,6 +63,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink()
 
 
+def remove_unfinished(path: str | os.PathLike) -> None:
+    """Removes what `atomic_write` to this path left when its process was killed. Nobody may be writing to it."""
+    path = Path(path)
+    for left in path.parent.glob(f".{'?' * 8}.{glob.escape(path.name)}"):
+        left.unlink(missing_ok=True)
+
+
 def replace_folder(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
     """Gives the folder `temporary`, on the same disk, the name `path`; a folder that stood there is removed.
 
@@ -58,15 +77,11 @@ def replace_folder(temporary: str | os.PathLike, path: str | os.PathLike) -> Non
     """
     temporary, path = Path(temporary), Path(path)
     old = temporary.with_name(f".{uuid.uuid4().hex[:8]}.old")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in _CURES:
-            raise OutputError(f"cannot write {path}: {error.strerror}; {_CURES[error.errno]}") from error
-        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

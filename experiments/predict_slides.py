@@ -13,40 +13,28 @@ none needs an address of another. The exit status is 0 only when every slide is 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 
-from data_pipelines.cohort import SlideRecord
-from data_pipelines.files import check_writable
-from experiments.run import cohort_summary
-from experiments.run.claims import Claims
+from experiments.run import cohort_program, cohort_summary
+from experiments.run.cohort_program import CohortOutcome
 from experiments.run.cohort_report import write_report
 from experiments.run.evaluation import measure
 from experiments.run.model import Model
-from experiments.run.prediction import Operation, Prediction
 from experiments.run.program import UsageError, run, start_devices
 from experiments.run.scoring import TileScorer
 from experiments.run.slide_formats import DEFAULT_FORMATS, FORMATS
-from experiments.run.slide_outputs import SlideResult
+from experiments.run.slide_outputs import PredictionTask
 from experiments.run.slide_state import Settings, model_hash
-from experiments.run.slides import slide_records
 from experiments.run.workdir import Workdir
 from srcc_jax.parallel import make_mesh
 
+_COHORT = cohort_program.define_cohort_flags()
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a finished model", required=True)
-_SLIDES = flags.DEFINE_string(
-    "slides", None, "a slide, a folder (searched with its sub-folders) or a cohort CSV", required=True
-)
-_OUT = flags.DEFINE_string("out", None, "folder for the results", required=True)
-_SPLIT = flags.DEFINE_string("split", None, "of a cohort CSV, predict this split only (train, validation or test)")
 _STRIDE = flags.DEFINE_integer(
     "stride",
     None,
@@ -58,34 +46,6 @@ _FORMATS = flags.DEFINE_list("formats", list(DEFAULT_FORMATS), f"files of each s
 _THRESHOLDS = flags.DEFINE_list(
     "thresholds", ["0.5", "0.9"], "probabilities from which on regions are outlined (geojson, asap)"
 )
-_MPP_OVERRIDE = flags.DEFINE_float(
-    "mpp_override", None, "µm per pixel of level 0 for slides that do not say it themselves"
-)
-_ON_ERROR = flags.DEFINE_enum(
-    "on_error",
-    "skip",
-    ["skip", "stop", "mask"],
-    "skip: a slide that cannot be opened is a row with its reason, and the others go on; tiles that cannot be decoded are missing "
-    "in the maps, left out of the score and counted; either makes the exit status 1. mask: the same, but a slide without some "
-    "tiles counts as done. stop: the run ends at the first of either, with exit status 2, and can be gone on with",
-)
-_THREADS = flags.DEFINE_integer(
-    "threads", 2, "threads that read tiles; as many open slides, and as many write files", lower_bound=1
-)
-_SAVE_SECONDS = flags.DEFINE_float(
-    "save_seconds", 30.0, "how often the tiles of an unfinished slide are saved; 0: after each region", lower_bound=0
-)
-_SHARD = flags.DEFINE_string("shard", None, "i/n: of n processes that share --out this is the i-th, from 1")
-_CLAIM = flags.DEFINE_bool("claim", False, "share --out with any number of processes that are started with --claim")
-_LEASE_SECONDS = flags.DEFINE_float(
-    "lease_seconds",
-    120.0,
-    "--claim: a process that gives no sign for so long is taken for dead, and its slides are taken over",
-    lower_bound=1,
-)
-_SUMMARY_ONLY = flags.DEFINE_bool(
-    "summary_only", False, "predict nothing: make the table and the report of what is there"
-)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the bootstrap", lower_bound=0)
 
 
@@ -94,27 +54,12 @@ def main() -> int:
     began = time.perf_counter()
     start_devices()
     model = Model.load(_WORKDIR.value)
-    records = slide_records(_SLIDES.value, _SPLIT.value)
-    mine = cohort_summary.shard_of(records, _SHARD.value) if _SHARD.value else records
-    out = pathlib.Path(_OUT.value).absolute()
-    check_writable(out)
     settings = _settings(model)
     scorer = TileScorer(model.architecture, tile=settings.grid.tile, mesh=make_mesh(), cam=settings.cam)
-    worked: list[SlideResult] = []
-    if _SUMMARY_ONLY.value:
-        results = cohort_summary.stored_results(out, records, settings)
-    else:
-        results, worked = _predict(mine, settings, out, scorer, model)
-    speed = cohort_summary.speed_of(scorer, worked, time.perf_counter() - began)
-    for line in cohort_summary.closing_lines(results, len(worked), scorer.tiles, speed):
-        print(line)
-    if _SHARD.value:
-        results = _with_other_shards(results, out, records, settings)
-    if len(results) == len(records):
-        _report(model, settings, records, results, out, speed)
-    for line in cohort_summary.problem_lines(results):
-        print(line, file=sys.stderr)
-    return cohort_summary.exit_status(results, masked=_ON_ERROR.value == "mask")
+    outcome = cohort_program.run_cohort(_COHORT, PredictionTask(settings), scorer, model.variables, began=began)
+    if outcome.whole:
+        _report(model, settings, outcome)
+    return cohort_program.end(_COHORT, outcome)
 
 
 def _settings(model: Model) -> Settings:
@@ -129,7 +74,7 @@ def _settings(model: Model) -> Settings:
     return Settings(
         grid=grid,
         min_tissue=model.min_tissue,
-        mpp_override=_MPP_OVERRIDE.value,
+        mpp_override=_COHORT.mpp_override.value,
         model=model_hash(model.architecture, model.variables),
         cam=_GRADCAM.value,
         formats=tuple(name for name in FORMATS if name in _FORMATS.value),
@@ -147,48 +92,8 @@ def _thresholds(given: Sequence[str]) -> tuple[float, ...]:
     return values
 
 
-def _predict(
-    records: Sequence[SlideRecord], settings: Settings, out: pathlib.Path, scorer: TileScorer, model: Model
-) -> tuple[list[SlideResult], list[SlideResult]]:
-    """The rows of these slides, and of those among them that this run finished."""
-    alone = not (_SHARD.value or _CLAIM.value)
-    with contextlib.ExitStack() as stack:
-        claims = stack.enter_context(Claims(lease_seconds=_LEASE_SECONDS.value)) if _CLAIM.value else None
-        operation = Operation(
-            threads=_THREADS.value,
-            save_seconds=_SAVE_SECONDS.value,
-            stop_on_error=_ON_ERROR.value == "stop",
-            claims=claims,
-        )
-        table = cohort_summary.ProgressTable(out, records if alone else ())
-        told = functools.partial(print, flush=True)  # at once: who reads the log of a killed run wants to know
-        prediction = Prediction(records, settings, operation, out, told=told, noted=table)
-        return prediction.run(scorer, model), prediction.worked
-
-
-def _with_other_shards(
-    results: list[SlideResult], out: pathlib.Path, records: Sequence[SlideRecord], settings: Settings
-) -> list[SlideResult]:
-    """The rows of the whole cohort, if this shard is the last to end; else its own."""
-    everyone = cohort_summary.stored_results(out, records, settings)
-    open_slides = sum(row.status == "unfinished" for row in everyone)
-    if not open_slides:
-        return everyone
-    print(
-        f"{open_slides} slides of other shards are not finished: the last shard to end makes slides.csv and the report, "
-        "or this command with --summary_only"
-    )
-    return results
-
-
-def _report(
-    model: Model,
-    settings: Settings,
-    records: Sequence[SlideRecord],
-    results: Sequence[SlideResult],
-    out: pathlib.Path,
-    speed: dict[str, Any],
-) -> None:
+def _report(model: Model, settings: Settings, outcome: CohortOutcome) -> None:
+    out, records, results = outcome.out, outcome.records, outcome.results
     cohort_summary.write_slides(out, results)
     merit = measure(
         records,
@@ -197,7 +102,7 @@ def _report(
         name=model.about["name"],
         seed=_SEED.value,
     )
-    speed = {"tiles": sum(row.tiles - row.unreadable for row in results), **speed}
+    speed = {"tiles": sum(row.tiles - row.unreadable for row in results), **outcome.speed}
     workdir = Workdir(pathlib.Path(_WORKDIR.value))
     write_report(model, settings.grid, merit, records, results, out, speed, workdir=workdir)
     if not merit.summary:

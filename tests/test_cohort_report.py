@@ -7,7 +7,7 @@ from PIL import Image
 from data_pipelines.cohort import SlideRecord
 from data_pipelines.exports import write_json
 from experiments.run.cohort_report import slide_rows
-from experiments.run.slide_outputs import SlideResult
+from experiments.run.slide_result import SlideResult
 from experiments.run.slide_quality import preview
 
 

@@ -78,7 +78,15 @@ def test_flags_named_in_the_docs_exist():
     """Those of our programs; the lines of other programs are in code blocks and named here."""
     others = {"array", "gres", "dependency", "parsable", "wrap"}
     known = set()
-    for module in ("predict_slides", "doctor", "slide_classification", "import_weights", "export_model"):
+    programs_named = (
+        "predict_slides",
+        "extract_features",
+        "doctor",
+        "slide_classification",
+        "import_weights",
+        "export_model",
+    )
+    for module in programs_named:
         with programs.imported(module):
             known |= set(flags.FLAGS)
     for page in DOCS.glob("*.md"):

@@ -11,7 +11,7 @@ import pytest
 from data_pipelines.exports import read_map
 from data_pipelines.slides import Slide
 from data_pipelines.tiles import Grid
-from experiments.run.slide_outputs import TIMES
+from experiments.run.slide_result import TIMES
 from tests import programs
 from tests.programs import one_line, tissue
 from tests.tiff_files import overwrite, tile_bytes, write_tiff

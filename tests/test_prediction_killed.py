@@ -9,7 +9,7 @@ import pytest
 
 from data_pipelines.tiles import Grid
 from experiments.run.journal import Journal
-from experiments.run.slide_outputs import TIMES
+from experiments.run.slide_result import TIMES
 from tests import prediction_process, programs
 from tests.programs import tissue
 from tests.tiff_files import overwrite, tile_bytes, write_tiff

@@ -18,8 +18,9 @@ from data_pipelines.exports import write_json, write_text
 from data_pipelines.tiles import Grid
 from experiments.run.evaluation import Merit
 from experiments.run.model import Model
-from experiments.run.slide_outputs import PICTURES, SlideResult
+from experiments.run.slide_formats import PICTURES
 from experiments.run.slide_quality import PAGE, SHEET, preview_of
+from experiments.run.slide_result import SlideResult
 from experiments.run.workdir import Workdir, versions
 from srcc_jax.report import Report, SlideRow, render
 

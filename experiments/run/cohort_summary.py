@@ -13,8 +13,9 @@ from data_pipelines.cohort import SlideRecord
 from data_pipelines.exports import write_table
 from experiments.run.program import UsageError
 from experiments.run.scoring import TileScorer
-from experiments.run.slide_outputs import STAGES, SlideResult
-from experiments.run.slide_state import Place, Settings, SlideState
+from experiments.run.slide_result import STAGES, SlideResult
+from experiments.run.slide_state import Place, SlideState
+from experiments.run.task import Task
 
 _EVERY_SECONDS = 5.0
 
@@ -34,16 +35,16 @@ def write_slides(out: pathlib.Path, results: Sequence[SlideResult]) -> None:
     write_table(out / "slides.csv", {name: [getattr(row, name) for row in results] for name in names})
 
 
-def stored_results(out: pathlib.Path, records: Sequence[SlideRecord], settings: Settings) -> list[SlideResult]:
-    """The row of each slide by its state, whichever process made it; "unfinished" where none holds for these settings."""
+def stored_results(out: pathlib.Path, records: Sequence[SlideRecord], task: Task) -> list[SlideResult]:
+    """The row of each slide by its state, whichever process made it; "unfinished" where none holds for this task."""
     rows = []
     for record in records:
         state = SlideState.load(Place(out, record.slide_id))
-        changes = [] if state is None else state.changes(record, settings)
+        changes = [] if state is None else state.changes(record, task.settings)
         if state is not None and not changes:
             rows.append(state.result)
         else:
-            reason = "not predicted yet" if state is None else f"to be done again: another {', '.join(changes)}"
+            reason = f"not {task.done} yet" if state is None else f"to be done again: another {', '.join(changes)}"
             rows.append(SlideResult(record.slide_id, str(record.path), "unfinished", reason))
     return rows
 

@@ -12,7 +12,6 @@ import functools
 import itertools
 import pathlib
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,22 +21,21 @@ from typing import Any
 import tqdm
 
 from data_pipelines.cohort import SlideRecord
-from data_pipelines.files import replace_folder
 from data_pipelines.scan import ScanJob, ScanShape, prefetch, scan, work_ahead
 from data_pipelines.slides import SlideError
 from experiments.run.claims import Claims
+from experiments.run.collector import BLOCK, TileCollector
 from experiments.run.journal import Journal
-from experiments.run.model import Model
-from experiments.run.preparation import Begun, Preparation
+from experiments.run.preparation import Preparation
 from experiments.run.progress import progress
 from experiments.run.scoring import Scored, TileScorer
-from experiments.run.slide_outputs import BLOCK, SlideCollector, SlideResult, stage_columns
-from experiments.run.slide_state import Settings, scores_basis
+from experiments.run.slide_result import SlideResult, stage_columns
+from experiments.run.slide_state import UNFINISHED, scores_basis
+from experiments.run.task import Begun, Task
 
 _AHEAD = 4  # slides that are opened before their tiles are asked for
 _BEHIND = 8  # slides that wait for their files to be written, before the device has to wait for them
 _POLL_SECONDS = 1.0
-_UNFINISHED = ".outputs."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,27 +51,27 @@ class Operation:
 class _Work:
     """A slide whose tiles are being scored, and the saving of its journal."""
 
-    def __init__(self, begun: Begun, collector: SlideCollector):
+    def __init__(self, begun: Begun, collector: TileCollector):
         self.begun, self.collector = begun, collector
         self.saved = time.monotonic()
         self.saving: Future[None] | None = None
 
 
 class Prediction:
-    """A cohort, or the part of it that this process does. noted: hears of each slide that has its row."""
+    """A cohort, or the part of it that this process does. task: what is made of the slides; noted: hears of each that has its row."""
 
     def __init__(
         self,
         records: Sequence[SlideRecord],
-        settings: Settings,
+        task: Task,
         operation: Operation,
         out: pathlib.Path,
         *,
         told: Callable[[str], object],
         noted: Callable[[Mapping[str, SlideResult]], object] = lambda results: None,
     ):
-        self._records, self._settings, self._operation = records, settings, operation
-        self._preparation = Preparation(settings, out, claims=operation.claims, told=told)
+        self._records, self._task, self._operation = records, task, operation
+        self._preparation = Preparation(task, out, claims=operation.claims, told=told)
         self._noted = noted
         self._noting = threading.Lock()
         self._works: dict[int, _Work] = {}  # by the first row of the slide's tiles
@@ -83,14 +81,15 @@ class Prediction:
         self._prepared = 0
         self.worked: list[SlideResult] = []  # those that this run finished
 
-    def run(self, scorer: TileScorer, model: Model) -> list[SlideResult]:
+    def run(self, scorer: TileScorer, variables: Mapping[str, Any]) -> list[SlideResult]:
         """Rows in the order of the records. With claims it ends when every slide has one, whoever made it.
 
+        variables: of the scorer's network, as it was trained.
         Raises SlideError at the first problem where errors are to stop it.
         """
         waiting = self._records
-        compiling = _Compiling(scorer, model, ScanShape.of(self._settings.grid, block=BLOCK))
-        with progress(None, "predicting") as bar:
+        compiling = _Compiling(scorer, variables, ScanShape.of(self._task.settings.grid, block=BLOCK))
+        with progress(None, self._task.doing) as bar:
             while waiting:
                 self._busy = []
                 self._pass(compiling, waiting, bar)
@@ -137,8 +136,7 @@ class Prediction:
                     yield work.collector.job()
 
     def _work(self, begun: Begun) -> _Work:
-        cam = self._settings.cam
-        collector = SlideCollector(begun.prepared, first_row=self._next_row, journal=begun.journal, cam=cam)
+        collector = self._task.collector(begun, self._next_row)
         self._next_row += len(begun.prepared.tiles)
         return _Work(begun, collector)
 
@@ -162,12 +160,12 @@ class Prediction:
             if not work.saving.done():
                 return
             work.saving.result()
-        work.saving = pool.submit(self._journal(work).save, work.begun.place.scores)
+        work.saving = pool.submit(work.collector.save, self._journal(work), work.begun.place)
         work.saved = time.monotonic()
 
     def _journal(self, work: _Work) -> Journal:
         basis = scores_basis(work.begun.basis, work.begun.prepared.slide.mpp)
-        return work.collector.scores.journal(basis, work.collector.seconds)
+        return work.collector.journal(basis)
 
     def _take_complete(self) -> list[_Work]:
         complete = [row for row, work in list(self._works.items()) if work.collector.complete]
@@ -184,17 +182,10 @@ class Prediction:
             return
         _clear_leftovers(place.folder)
         if not (work.begun.journal and work.begun.journal.seen.all()):  # else it may hold more than this run asks for
-            self._journal(work).save(place.scores)
+            work.collector.save(self._journal(work), place)
         began = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=place.folder, prefix=_UNFINISHED) as folder:
-            whole = pathlib.Path(folder) / place.slide_id
-            settings = self._settings
-            result = work.collector.write(whole, formats=settings.formats, thresholds=settings.thresholds)
-            place.state.unlink(missing_ok=True)
-            replace_folder(whole, place.outputs)
+        result = work.collector.finish(place)
         work.collector.seconds["write"] = time.perf_counter() - began
-        if result.status == "failed":
-            place.scores.unlink()  # or the next start could not try again
         result = dataclasses.replace(result, **stage_columns(work.collector.seconds, result.tiles))
         result = self._preparation.record(place, result, work.begun.basis, trace=work.collector.traceback)
         self.worked.append(result)
@@ -212,9 +203,9 @@ class Prediction:
 class _Compiling:
     """The model is folded and compiled while the first slides are opened, and only if there are tiles to score."""
 
-    def __init__(self, scorer: TileScorer, model: Model, shape: ScanShape):
+    def __init__(self, scorer: TileScorer, variables: Mapping[str, Any], shape: ScanShape):
         self.scorer, self.shape = scorer, shape
-        self._model = model
+        self._variables = variables
         self._folded: Future[Mapping[str, Any]] | None = None
 
     def start(self) -> Future[Mapping[str, Any]]:
@@ -230,14 +221,14 @@ class _Compiling:
         return self.start().result()
 
     def _compile(self) -> Mapping[str, Any]:
-        folded = self.scorer.fold(self._model.variables)
+        folded = self.scorer.fold(self._variables)
         self.scorer.compile(folded, self.shape)
         return folded
 
 
 def _clear_leftovers(folder: pathlib.Path) -> None:
     """Removes what a process was writing into a slide's state folder when it was killed."""
-    for path in folder.glob(f"{_UNFINISHED}*"):
+    for path in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path)
     for name in ("scores.npz", "state.json"):
         for path in folder.glob(f".*.{name}"):

@@ -16,28 +16,18 @@ from data_pipelines.prepare import PreparedSlide, prepare_slide
 from data_pipelines.slides import RegionError, SlideError
 from experiments.run.claims import Claims
 from experiments.run.journal import Journal
-from experiments.run.slide_outputs import SlideResult
-from experiments.run.slide_state import Place, Settings, SlideState, scores_basis
+from experiments.run.slide_result import SlideResult
+from experiments.run.slide_state import Place, SlideState, scores_basis
 from experiments.run.slides import NO_TISSUE, UNEXPECTED
-
-
-@dataclasses.dataclass(frozen=True)
-class Begun:
-    """An open slide with tiles to score or files to write. basis: what its results will rest on; journal: what is known of it."""
-
-    place: Place
-    basis: Mapping[str, Any]
-    prepared: PreparedSlide
-    journal: Journal | None
+from experiments.run.task import Begun, Task
 
 
 class Preparation:
     """Opens slides, in any thread. `told` hears in one line what is done again and why, or where a slide goes on."""
 
-    def __init__(
-        self, settings: Settings, out: pathlib.Path, *, claims: Claims | None = None, told: Callable[[str], object]
-    ):
-        self._settings, self._out, self._claims, self._told = settings, out, claims, told
+    def __init__(self, task: Task, out: pathlib.Path, *, claims: Claims | None = None, told: Callable[[str], object]):
+        self._task, self._settings = task, task.settings
+        self._out, self._claims, self._told = out, claims, told
         self._began = time.time()
         self._said: set[tuple[str, ...]] = set()
         self._saying = threading.Lock()
@@ -107,7 +97,7 @@ class Preparation:
     ) -> Journal | None:
         journal = Journal.load(place.scores)
         wanted = scores_basis(basis, prepared.slide.mpp)
-        if journal is None or not journal.fits(wanted, len(prepared.tiles), cam=self._settings.cam):
+        if journal is None or not self._task.fits(journal, place, wanted, len(prepared.tiles)):
             return None
         if not journal.seen.all():
             self._told(f"{record.slide_id} goes on after {journal.seen.sum()} of {len(journal.seen)} tiles")

@@ -18,6 +18,7 @@ from experiments.run.device_clock import DeviceClock
 from srcc_jax.kernels.grad_cam import grad_cam
 from srcc_jax.kernels.windows import make_window_fn
 from srcc_jax.models.architecture import Architecture, normalize
+from srcc_jax.models.features import pooled
 from srcc_jax.models.layers import fold_batch_norm
 from srcc_jax.models.zoo import build
 from srcc_jax.parallel import replicate
@@ -25,25 +26,41 @@ from srcc_jax.parallel import replicate
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """row int [n] of scored tiles, logit float32 [n], cam float32 [n, h, w] or None; failed: rows that were not readable, with
-    reasons; seconds: for how long the device was at it."""
+    """row int [n] of scored tiles, logit float32 [n] (NaN where none is asked for), cam float32 [n, h, w] or None, features
+    float32 [n, D] or None; failed: rows that were not readable, with reasons; seconds: for how long the device was at it."""
 
     row: np.ndarray
     logit: np.ndarray
     cam: np.ndarray | None
     failed: tuple[tuple[int, str], ...]
     seconds: float = 0.0
+    features: np.ndarray | None = None
 
 
 class TileScorer:
-    """The network in inference mode, BatchNorm folded, over batches of windows. Compiled once, whatever the weights."""
+    """The network in inference mode, BatchNorm folded, over batches of windows. Compiled once, whatever the weights.
 
-    def __init__(self, architecture: Architecture, *, tile: int, mesh: Mesh, cam: bool):
+    Of its outputs those are computed that are asked for: logit (of the first class), cam (its Grad-CAM), and features by this
+    pooling (`features.widths`).
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        tile: int,
+        mesh: Mesh,
+        cam: bool,
+        logit: bool = True,
+        pooling: str | None = None,
+    ):
         network = build(architecture, folded=True)
 
         def outputs(variables: Mapping[str, Any], windows: jax.Array) -> dict[str, jax.Array]:
             out: Any = network.apply(variables, normalize(windows, architecture), train=False)
-            result = {"logit": out["logits"][:, 0]}
+            result = {"logit": out["logits"][:, 0]} if logit else {}
+            if pooling is not None:
+                result["features"] = pooled(out, pooling)
             if cam:
                 head = variables["params"]["classifier"]
                 result["cam"] = grad_cam(
@@ -113,8 +130,14 @@ class TileScorer:
     def _fetch(self, batch: ScanBatch, outputs: Mapping[str, jax.Array], seconds: Future[float]) -> Scored:
         values = {name: np.asarray(value)[: batch.count] for name, value in outputs.items()}
         self.tiles += batch.count
+        row, unknown = batch.row[: batch.count], np.full(batch.count, np.nan, np.float32)
         return Scored(
-            batch.row[: batch.count], values["logit"], values.get("cam"), batch.failed, seconds=seconds.result()
+            row,
+            values.get("logit", unknown),
+            values.get("cam"),
+            batch.failed,
+            seconds=seconds.result(),
+            features=values.get("features"),
         )
 
 

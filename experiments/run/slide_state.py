@@ -24,24 +24,23 @@ from data_pipelines.cohort import SlideRecord
 from data_pipelines.exports import write_json
 from data_pipelines.prepare import TISSUE_MPP
 from data_pipelines.tiles import Grid
-from experiments.run.slide_outputs import SlideResult
+from experiments.run.slide_result import SlideResult
 from srcc_jax.models.architecture import Architecture
 
 VERSION = 1  # of the way in which results are made: a higher number makes those of older programs again
-OUTPUTS = ("Grad-CAM", "formats", "thresholds")  # of the basis: what the files of a slide rest on beyond its scores
+# Of the basis: what the files of a slide rest on beyond what is known of its tiles.
+OUTPUTS = ("Grad-CAM", "formats", "thresholds", "layout", "encoder")
+UNFINISHED = ".outputs."  # how the names of folders begin that are being filled in a slide's state folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the results of every slide rest on, and nothing else."""
+class TileSettings:
+    """What the results of every slide rest on, whatever is made of it, and nothing else."""
 
     grid: Grid
     min_tissue: float
     mpp_override: float | None
     model: str  # `model_hash`
-    cam: bool
-    formats: tuple[str, ...]
-    thresholds: tuple[float, ...]
 
     @property
     def digest(self) -> str:
@@ -61,6 +60,19 @@ class Settings:
             "min_tissue": self.min_tissue,
             "tissue µm per pixel": TISSUE_MPP,
             "version": VERSION,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(TileSettings):
+    """What predictions rest on."""
+
+    cam: bool
+    formats: tuple[str, ...]
+    thresholds: tuple[float, ...]
+
+    def basis(self, record: SlideRecord) -> dict[str, Any]:
+        return super().basis(record) | {
             "Grad-CAM": self.cam,
             "formats": ",".join(self.formats),
             "thresholds": ",".join(map(str, self.thresholds)),
@@ -142,7 +154,7 @@ class SlideState:
     def now(cls, result: SlideResult, basis: Mapping[str, Any]) -> SlideState:
         return cls(result, basis, time.time())
 
-    def changes(self, record: SlideRecord, settings: Settings) -> list[str]:
+    def changes(self, record: SlideRecord, settings: TileSettings) -> list[str]:
         """What the results rest on and is another now, in words; empty: they hold. Results outlive their slide's file."""
         basis = settings.basis(record)
         gone = basis["slide file"] is None

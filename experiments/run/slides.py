@@ -24,7 +24,7 @@ from data_pipelines.tiles import Grid, Tiles
 from experiments.run.program import UsageError
 from experiments.run.progress import progress
 
-NO_TISSUE = "no tile with enough tissue (--min_tissue of the training) was found: look at the slide"
+NO_TISSUE = "no tile with enough tissue (--min_tissue; for a model that of its training) was found: look at the slide"
 NOT_ANNOTATED = (
     "none of its tiles with tissue is annotated: look at its annotation, lower --min_annotated, "
     "or take its tiles from anywhere with --mode=ws --noannotations"
