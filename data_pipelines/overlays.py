@@ -1,11 +1,12 @@
-"""Heat maps painted over thumbnails, with a legend and a scale bar in µm. Arrays in, an array out; exports.py writes it."""
+"""Heat maps painted over thumbnails, with a legend and a scale bar in µm. Arrays in, an array out; exports.py writes it.
+
+Matplotlib lends its colours and its font. Its import takes a while, so that only who draws waits for it.
+"""
 
 import functools
 from typing import Protocol
 
-import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 INK, RULE, PAPER = (40, 44, 52), (205, 208, 214), (250, 250, 251)
@@ -20,6 +21,8 @@ _STRIP_PX, _MARGIN_PX, _LEAST_WIDTH_PX = 46, 14, 420
 @functools.cache
 def _font() -> ImageFont.FreeTypeFont:
     """The font that comes with Matplotlib: Pillow's own has no µ."""
+    from matplotlib import font_manager
+
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 11)
 
 
@@ -115,6 +118,8 @@ def map_colours(values: np.ndarray, colormap: str, limits: tuple[float, float]) 
     low, high = limits
     if not high > low:
         raise ValueError(f"limits of the colours must rise; got {low} to {high}")
+    import matplotlib
+
     return np.float32(255) * matplotlib.colormaps[colormap]((values - low) / (high - low))[:, :3].astype(np.float32)
 
 

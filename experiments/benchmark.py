@@ -1,11 +1,14 @@
 """Measures the table of BENCHMARKS.md on this machine: every figure is a ratio of two things measured in turn.
 
 python -m experiments.benchmark --slide=slide.tiff --mpp_override=0.5 [--sections=model,networks,reading,predict,memory]
+
+Section pipelines, asked for by name, sets whole programs against each other: --tiatoolbox_python names an environment of TIAToolbox.
 """
 
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import datetime
 import functools
 import os
@@ -17,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -32,6 +35,7 @@ from data_pipelines.synthetic import large_slide
 from data_pipelines.tiles import Grid
 from experiments.run.model import Model
 from experiments.run.peers import Peer, interleaved
+from experiments.run.pipeline_peers import Measured, Trial, tuned_peers
 from experiments.run.program import UsageError, run, start_devices
 from experiments.run.scoring import TileScorer
 from experiments.run.slide_outputs import SlideCollector
@@ -47,7 +51,11 @@ _SECTIONS = flags.DEFINE_list(
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "times that each pair is measured")
 _NETWORKS = flags.DEFINE_list("networks", None, "networks of section networks; none: all")
+_TASKS = flags.DEFINE_list("tasks", ["infer", "train"], "tasks of section networks")
 _SIDES = flags.DEFINE_list("sides", ["15000", "30000", "60000"], "sides of the slides of section memory, in pixels")
+_TIATOOLBOX_PYTHON = flags.DEFINE_string(
+    "tiatoolbox_python", None, "section pipelines: the Python of an environment with TIAToolbox; none: without it"
+)
 
 # network, side of its images in pixels, batch, target for inference
 NETWORKS = (
@@ -56,19 +64,19 @@ NETWORKS = (
     ("resnet50", 224, 16, ""),
     ("wide_resnet50_2", 256, 8, "≤ 1.0"),
     ("densenet121", 224, 16, ""),
-    ("res2net50", 224, 16, ""),
+    ("res2net50_26w_4s", 224, 16, ""),
     ("b4", 380, 8, ""),
     ("dla34", 512, 4, "≤ 1.2"),
-    ("unet", 512, 1, "≤ 1.2"),
+    ("unet", 512, 2, "≤ 1.2"),
 )
 GRID = Grid(tile=224, stride=112, mpp=1.0)
 Row = tuple[str, str, str, str]
 
 
-def _ratio(name: str, ours: np.ndarray, theirs: np.ndarray, target: str) -> Row:
+def _ratio(name: str, ours: np.ndarray, theirs: np.ndarray, target: str, unit: str = "s") -> Row:
     """Median of the ratios of the rounds, with their quartiles."""
     low, middle, high = np.quantile(ours / theirs, [0.25, 0.5, 0.75])
-    seconds = f"{np.median(ours):.3f} s / {np.median(theirs):.3f} s"
+    seconds = f"{np.median(ours):.3f} {unit} / {np.median(theirs):.3f} {unit}"
     return name, f"{middle:.2f} ({low:.2f} to {high:.2f})", target, seconds
 
 
@@ -82,9 +90,9 @@ def model_section() -> Iterator[Row]:
 def networks_section() -> Iterator[Row]:
     """The other networks in the same way: inference, and a training step."""
     for network, side, batch, inference in NETWORKS:
-        if _NETWORKS.value is None or network in _NETWORKS.value:
-            yield _against_torch("infer", network, side, batch, inference)
-            yield _against_torch("train", network, side, batch, "≤ 2")
+        for task, target in (("infer", inference), ("train", "≤ 2")):
+            if task in _TASKS.value and (_NETWORKS.value is None or network in _NETWORKS.value):
+                yield _against_torch(task, network, side, batch, target)
 
 
 def _against_torch(task: str, network: str, side: int, batch: int, target: str) -> Row:
@@ -180,6 +188,39 @@ def memory_section() -> Iterator[Row]:
             yield name, f"{_gigabytes(usage):.2f} GB", "≤ 2.5 GB, flat", f"{time.perf_counter() - began:.0f} s"
 
 
+def pipelines_section() -> Iterator[Row]:
+    """Whole programs over the same tiles of one slide, B1, in turn: ours, frozen torch, and TIAToolbox tuned and as shipped."""
+    model = dataclasses.replace(_untrained_model("b1"), min_tissue=0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(pathlib.Path(folder), model, _slide(), mpp_override=_MPP_OVERRIDE.value)
+        yield f"ours, {len(trial.tiles)} tiles, first start (compiles)", *_described(trial.ours(cold=True))
+        trial.ours()  # fills the cache of the warm ones
+        peers = tuned_peers(trial, _TIATOOLBOX_PYTHON.value)
+        rounds = [(trial.ours(), *(peer.measure() for peer in peers)) for _ in range(_ROUNDS.value)]
+    ours, *theirs = zip(*rounds)
+    yield _peak("ours", ours, "≤ 0.8 GB")
+    for peer, measured in zip(peers, theirs):
+        rates = _columns(ours, measured, "tiles_per_second")
+        yield _ratio(f"ours / {peer.name}: steady rate", *rates, peer.steady_target, "tiles/s")
+        yield _ratio(f"ours / {peer.name}: wall time", *_columns(ours, measured, "seconds"), peer.wall_target)
+        yield _peak(peer.name, measured, "")
+
+
+def _columns(ours: Sequence[Measured], theirs: Sequence[Measured], name: str) -> tuple[np.ndarray, np.ndarray]:
+    first, second = (np.asarray([getattr(one, name) for one in side]) for side in (ours, theirs))
+    return first, second
+
+
+def _described(measured: Measured) -> tuple[str, str, str]:
+    rate, used = f"{measured.tiles_per_second:.0f} tiles/s", f"CPU {measured.cpu_seconds:.1f} s"
+    return f"{measured.seconds:.1f} s, {measured.gigabytes:.2f} GB", "", f"{rate}, {used}"
+
+
+def _peak(name: str, measured: Sequence[Measured], target: str) -> Row:
+    used = np.median([one.cpu_seconds for one in measured])
+    return f"{name}: peak memory", f"{max(one.gigabytes for one in measured):.2f} GB", target, f"CPU {used:.1f} s"
+
+
 def _gigabytes(usage: resource.struct_rusage) -> float:
     return usage.ru_maxrss / (1e9 if platform.system() == "Darwin" else 1e6)
 
@@ -207,6 +248,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "reading": reading_section,
     "predict": predict_section,
     "memory": memory_section,
+    "pipelines": pipelines_section,
 }
 
 

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from orbax.checkpoint import v1 as ocp  # in Orbax 0.12.8 an attribute of the package: `import ...v1` does not find it
 
 
 class CheckpointError(RuntimeError):
@@ -25,6 +24,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str, *, read_only: bool = False) -> None:
+        # Here, as programs that only predict do without it; in Orbax 0.12.8 v1 is an attribute: `import ...v1` does not find it.
+        from orbax.checkpoint import v1 as ocp
+
         folder = ocp.path.Path(directory)
         if not folder.is_absolute():
             raise CheckpointError(f"the folder of checkpoints must be an absolute path, not {directory}")

@@ -1,14 +1,21 @@
-"""Plots of a report as SVG: curves in, text out; the same input gives the same text."""
+"""Plots of a report as SVG: curves in, text out; the same input gives the same text.
 
+Matplotlib's import takes longer than all else of a report, and most reports have no plot: so the first plot imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
 import io
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from srcc_jax.metrics import RocCurve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLOURS = ("#0b63ce", "#d1495b", "#2a9d6f", "#e08e0b", "#7a5bc4", "#3aa6b9", "#8a8f98")
 _SVG: dict[Any, Any] = {
@@ -31,8 +38,7 @@ _SVG: dict[Any, Any] = {
 
 def roc_plot(curves: Mapping[str, RocCurve]) -> str:
     """Curves of one or more models over the same slides, their areas in the legend, as SVG."""
-    with matplotlib.rc_context(_SVG):
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    with _new_figure(height=4.2) as figure:
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color="#c3c7ce", linewidth=1, linestyle="--")
         for colour, (name, curve) in zip(_cycle(len(curves)), curves.items()):
@@ -44,8 +50,7 @@ def roc_plot(curves: Mapping[str, RocCurve]) -> str:
 
 def training_plot(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, quantity: str = "loss") -> str:
     """name -> (step [T], value [T]), drawn over the step, as SVG; few points are marked as such."""
-    with matplotlib.rc_context(_SVG):
-        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    with _new_figure(height=3.2) as figure:
         axes = figure.subplots()
         for colour, (name, (step, value)) in zip(_cycle(len(curves)), curves.items()):
             marker = "o" if len(step) <= 40 else ""
@@ -53,6 +58,16 @@ def training_plot(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, quanti
         axes.set(xlabel="step", ylabel=quantity)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
         return _svg(figure)
+
+
+@contextlib.contextmanager
+def _new_figure(*, height: float) -> Iterator[Figure]:
+    """A figure in the reports' style, to be drawn and written within the context. height in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_SVG):
+        yield Figure(figsize=(7.2, height), layout="constrained")
 
 
 def _cycle(count: int) -> list[str]:

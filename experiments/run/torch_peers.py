@@ -5,7 +5,9 @@ torch is imported inside the functions: it is installed for benchmarks alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -54,9 +56,10 @@ def _network(name: str) -> Any:
     name = {"b0": "efficientnet_b0", "b1": "efficientnet_b1", "b4": "efficientnet_b4"}.get(name, name)
     if name in torchvision.models.list_models():
         return torchvision.models.get_model(name, num_classes=1, weights=None)
-    import timm
+    with contextlib.redirect_stdout(sys.stderr):  # it prints what it lacks for downloads, where the seconds are answered
+        import timm
 
-    return timm.create_model({"res2net50": "res2net50_26w_4s"}.get(name, name), num_classes=1, pretrained=False)
+    return timm.create_model(name, num_classes=1, pretrained=False)
 
 
 def _unet() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,13 @@ def make_window_fn(fn: WindowFn, *, tile: int, mesh: Mesh, chunk: int | None = N
         def cut(place: jax.Array) -> jax.Array:
             return lax.dynamic_slice(image, (place[0], place[1], place[2], 0), (1, tile, tile, 3))[0]
 
+        # Under jit its trace serves twice, for the shapes and in the loop: a deep network takes a second.
+        @functools.partial(jax.jit, inline=True)
+        def score(variables: Any, pixels: jax.Array) -> Any:
+            return fn(variables, pixels)
+
         def compute(begin: jax.Array | int) -> Any:
-            return fn(variables, jax.vmap(cut)(lax.dynamic_slice_in_dim(windows, begin, chunk)))
+            return score(variables, jax.vmap(cut)(lax.dynamic_slice_in_dim(windows, begin, chunk)))
 
         def body(turn: jax.Array, results: Any) -> Any:
             begin = turn * chunk

@@ -61,6 +61,16 @@ def draw_kernel(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax
     return kernel_std(shape) / TRUNCATED_STD * jax.random.truncated_normal(key, -2, 2, shape, dtype)
 
 
+def _parameter(module: nn.Module, name: str, draw: nn.initializers.Initializer, shape: tuple[int, ...]) -> jax.Array:
+    """As `module.param` in float32. Flax traces `draw` to compare its shape with that of a value that is there already, which
+    takes as long as all the rest of tracing a deep network: here only for one that does not fit, for the error that says so."""
+    if module.has_variable("params", name):
+        value: jax.Array = module.get_variable("params", name)
+        if jnp.shape(value) == shape:
+            return value
+    return module.param(name, draw, shape, jnp.float32)
+
+
 class Conv(nn.Module):
     """Convolution [B, H, W, C] -> [B, H', W', features], kernel HWIO (depthwise: [k, k, 1, C], features = C)."""
 
@@ -75,7 +85,7 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs = 1 if self.depthwise else x.shape[-1]
         shape = (self.size, self.size, inputs, self.features)
-        kernel = self.param("kernel", draw_kernel, shape, jnp.float32).astype(x.dtype)
+        kernel = _parameter(self, "kernel", draw_kernel, shape).astype(x.dtype)
         padding = explicit_padding(self.padding, x.shape[1:3], self.size, self.stride)
         if self.depthwise:
             x = depthwise_conv(x, kernel, stride=self.stride, padding=padding)
@@ -84,7 +94,7 @@ class Conv(nn.Module):
         else:
             x = conv(x, kernel, stride=self.stride, padding=padding)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            bias = _parameter(self, "bias", nn.initializers.zeros, (self.features,))
             x = x + _per_channel(bias).astype(x.dtype)
         return x
 
