@@ -101,7 +101,7 @@ def main() -> None:
     net = stored.architecture
     print(
         f"{os.path.normpath(out)}: {net.name} with {net.classes} classes from {net.source}, {len(flat)} arrays, "
-        f"{parameters:,} parameters, SHA-256 {checksum(flat)[:16]}"
+        f"{parameters:,} parameters, SHA-256 {checksum(flat, stored.architecture.as_dict())[:16]}"
     )
 
 

@@ -46,7 +46,7 @@ class DistillationModel:
             "teacher": self.teacher.as_dict(),
             "student": self.student.as_dict(),
             "layout": LAYOUT,
-            "checksum": checksum(flat),
+            "checksum": checksum(flat, self.teacher.as_dict(), self.student.as_dict()),
             **{name: getattr(self, name) for name in fields},
         }
         write(folder, flat, card)
@@ -62,7 +62,7 @@ class DistillationModel:
             teacher = cut(zoo.from_dict(card["teacher"]))
             student = DistillationArchitecture.from_dict(card["student"])
             flat = read_weights(folder / WEIGHTS)
-            check(flat, _shapes(teacher, student), card)
+            check(flat, lambda: _shapes(teacher, student), card, networks=("teacher", "student"))
             rest = {field.name: card[field.name] for field in dataclasses.fields(cls) if field.name in card}
             variables = flax.traverse_util.unflatten_dict(dict(flat), sep="/")
             return cls(**{**rest, "teacher": teacher, "student": student, "variables": variables})

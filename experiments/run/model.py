@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -136,9 +136,9 @@ def flatten(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in flat.items()}
 
 
-def checksum(flat: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of names, shapes and values, whatever file they lie in."""
-    digest = hashlib.sha256()
+def checksum(flat: Mapping[str, np.ndarray], *described: Mapping[str, Any]) -> str:
+    """SHA-256 of names, shapes and values, whatever file they lie in, and of the descriptions of the networks that they are for."""
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name in sorted(flat):
         digest.update(f"{name} {flat[name].dtype} {flat[name].shape}".encode())
         digest.update(np.ascontiguousarray(flat[name]).data)
@@ -150,7 +150,7 @@ def card_of(stored: Network | Model, flat: Mapping[str, np.ndarray]) -> dict[str
     card: dict[str, Any] = {
         "architecture": stored.architecture.as_dict(),
         "layout": LAYOUT,
-        "checksum": checksum(flat),
+        "checksum": checksum(flat, stored.architecture.as_dict()),
         "about": dict(stored.about),
     }
     if isinstance(stored, Model):
@@ -170,16 +170,28 @@ def from_card(card: Mapping[str, Any], flat: Mapping[str, np.ndarray]) -> Networ
     if "kind" in card:
         raise ValueError(f"it is one of {card['kind']}, which this program does not take")
     architecture = zoo.from_dict(card["architecture"])
-    check(flat, variable_shapes(zoo.build(architecture)), card)
+    check(flat, lambda: variable_shapes(zoo.build(architecture)), card)
     variables = flax.traverse_util.unflatten_dict(dict(flat), sep="/")
     if "grid" not in card:
         return Network(architecture, variables, card["about"])
     return Model(architecture, variables, Grid(**card["grid"]), card["min_tissue"], card["positive"], card["about"])
 
 
-def check(flat: Mapping[str, np.ndarray], shapes: Mapping[str, Any], card: Mapping[str, Any]) -> None:
-    """Raises ValueError where the weights are not those of the network, whose variables have these `shapes`, or of the card."""
-    wanted = {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}
+def check(
+    flat: Mapping[str, np.ndarray],
+    shapes: Callable[[], Mapping[str, Any]],
+    card: Mapping[str, Any],
+    networks: Sequence[str] = ("architecture",),
+) -> None:
+    """Raises ValueError where the weights are not those of the card, or not of its networks (keys of the card), whose variables have
+    these shapes.
+
+    What has the card's checksum has passed through `card_of`, with arrays of the network itself; only otherwise are the shapes asked
+    for, which takes a second, to say what is wrong.
+    """
+    if checksum(flat, *(card[name] for name in networks)) == card["checksum"]:
+        return
+    wanted = {name: leaf.shape for name, leaf in flax.traverse_util.flatten_dict(shapes(), sep="/").items()}
     found = {name: value.shape for name, value in flat.items()}
     wrong = [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
     if wrong:
@@ -187,5 +199,4 @@ def check(flat: Mapping[str, np.ndarray], shapes: Mapping[str, Any], card: Mappi
             f"the weights are of another network than the card's: {len(wrong)} arrays differ, the first {wrong[0]} "
             f"({found.get(wrong[0], 'absent')}, not {wanted.get(wrong[0], 'absent')})"
         )
-    if checksum(flat) != card["checksum"]:
-        raise ValueError("the weights are not those that the card was written for: their checksum differs")
+    raise ValueError("the weights are not those that the card was written for: their checksum differs")

@@ -56,7 +56,9 @@ def _network(name: str) -> Any:
     name = {"b0": "efficientnet_b0", "b1": "efficientnet_b1", "b4": "efficientnet_b4"}.get(name, name)
     if name in torchvision.models.list_models():
         return torchvision.models.get_model(name, num_classes=1, weights=None)
-    with contextlib.redirect_stdout(sys.stderr):  # it prints what it lacks for downloads, where the seconds are answered
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # it prints what it lacks for downloads, where the seconds are answered
         import timm
 
     return timm.create_model(name, num_classes=1, pretrained=False)
