@@ -14,6 +14,7 @@ from data_pipelines.exports import write_image, write_text
 from data_pipelines.files import atomic_write
 from data_pipelines.prepare import PreparedSlide
 from data_pipelines.slides import RegionError
+from experiments.run.slides import UNEXPECTED
 from srcc_jax.report import SlidePage, TileRow, render_slide
 
 PAGE, TOP_FOLDER = "report.html", "top_tiles"
@@ -62,7 +63,7 @@ def write_top_tiles(folder: pathlib.Path, prepared: PreparedSlide, values: np.nd
     for tile in top_tiles(prepared, values):
         try:
             picture = prepared.slide.read(tile.x, tile.y, size, size, mpp)
-        except RegionError:
+        except (RegionError, *UNEXPECTED):
             continue
         write_image(folder / tile.file, picture)
         written[tile] = Image.fromarray(picture)
