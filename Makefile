@@ -21,14 +21,17 @@ $(STAMP): requirements.txt requirements-cucim.txt requirements-export.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-cucim.txt || echo "cuCIM is not available here: slides will be read by OpenSlide, slower"
 	@touch $@
 
+# One process of tests for each core, up to four; a file's tests stay together, because they share what they compiled.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
 test: env        ## every test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: env       ## lint, types, tests (stops at the first failure)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -x
+	$(PYTEST) -x
 
 demo: env        ## slides, training, prediction, report: runs/demo/report.html
 	$(BIN)/python -m experiments.demo --workdir=runs/demo
