@@ -7,8 +7,8 @@ from PIL import Image
 from data_pipelines.cohort import SlideRecord
 from data_pipelines.exports import write_json
 from experiments.run.cohort_report import slide_rows
-from experiments.run.slide_result import SlideResult
 from experiments.run.slide_quality import preview
+from experiments.run.slide_result import SlideResult
 
 
 @pytest.fixture
