@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from srcc_jax.metrics import Interval
+from srcc_jax.metrics import Interval, percentile_interval
 
 MIN_IOU = 0.3  # a detection matches above this
 FP_RATES = (1, 2, 4, 8, 16, 32)  # false positives per normal image at which recall is averaged
@@ -136,9 +136,7 @@ def bootstrap_images(
         others = [normal[n] for n in rng.integers(max(1, len(normal)), size=len(normal))]
         if any(image.truths for image in drawn):
             values.append(metric(drawn, others))
-    outside = (1 - level) / 2
-    low, high = np.quantile(values, [outside, 1 - outside])
-    return Interval(float(metric(images, normal)), float(low), float(high), iterations - len(values))
+    return percentile_interval(float(metric(images, normal)), values, iterations=iterations, level=level)
 
 
 def _truths(images: Sequence[Matches]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-from srcc_jax.metrics import Interval
+from srcc_jax.metrics import Interval, percentile_interval
 
 JOIN_UM = 37.5  # what is nearer to tumour than this belongs to the lesion, so that parts within 75 µm are one
 ITC_UM = 275.0  # longest axis below which a lesion is isolated tumour cells
@@ -125,10 +125,8 @@ def bootstrap_froc(
         times = np.bincount(rng.integers(len(slides), size=len(slides)), minlength=len(slides)).astype(float)
         if times @ scores.lesions:
             values.append(scores.froc(times, rates).score)
-    outside = (1 - level) / 2
-    low, high = np.quantile(values, [outside, 1 - outside])
     value = scores.froc(np.ones(len(slides)), rates).score
-    return Interval(value, float(low), float(high), iterations - len(values))
+    return percentile_interval(value, values, iterations=iterations, level=level)
 
 
 @dataclasses.dataclass(frozen=True)

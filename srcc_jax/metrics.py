@@ -141,10 +141,19 @@ def bootstrap(
         weight = _resamples(rng, min(per_chunk, iterations - begin), unit)
         both = weight[:, label].any(1) & weight[:, ~label].any(1)
         values.append(metric(label, score, weight=weight[both]))
-    kept = np.concatenate(values)
+    return percentile_interval(float(metric(label, score)), np.concatenate(values), iterations=iterations, level=level)
+
+
+def percentile_interval(
+    value: float, resampled: Sequence[float] | np.ndarray, *, iterations: int, level: float = 0.95
+) -> Interval:
+    """The interval of a value from what its resamples gave: of `iterations`, those missing in `resampled` were dropped.
+
+    Where all were, its ends are NaN.
+    """
     outside = (1 - level) / 2
-    low, high = np.quantile(kept, [outside, 1 - outside]) if kept.size else (np.nan, np.nan)
-    return Interval(float(metric(label, score)), float(low), float(high), iterations - kept.size)
+    low, high = np.quantile(resampled, [outside, 1 - outside]) if len(resampled) else (np.nan, np.nan)
+    return Interval(value, float(low), float(high), iterations - len(resampled))
 
 
 def _resamples(rng: np.random.Generator, count: int, unit: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from absl.testing import flagsaver
 from data_pipelines.polygons import Shape
 from experiments.run import program
 from experiments.run.model import Model
-from srcc_jax.models.efficientnet import architecture, init
+from srcc_jax.models.zoo import architecture, init
 
 
 @dataclass(frozen=True)

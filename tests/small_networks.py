@@ -3,7 +3,8 @@
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from srcc_jax.models import efficientnet, zoo
+from data_pipelines.safetensors_files import write_safetensors
+from srcc_jax.models import efficientnet, pretrained, zoo
 from srcc_jax.models.layers import variable_shapes
 
 # Fields that make a variant small.
@@ -38,3 +39,12 @@ def variables(net, seed=0):
             spread = 0.1 if leaf.ndim == 1 else (2 / np.prod(leaf.shape[:-1])) ** 0.5
             drawn[path] = rng.normal(0, spread, leaf.shape).astype(np.float32)
     return unflatten_dict(drawn)
+
+
+def published(folder):
+    """The smallest network as torchvision would publish it: architecture, variables, a .safetensors file in the folder."""
+    net = zoo.architecture("tiny", source="torchvision", classes=3)
+    arrays = variables(net)
+    path = folder / "tiny.safetensors"
+    write_safetensors(path, pretrained.export(arrays, net, "torchvision"), {})
+    return net, arrays, path

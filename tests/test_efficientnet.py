@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from srcc_jax.models import efficientnet, layers, pretrained
+from srcc_jax.models import efficientnet, layers, pretrained, zoo
 from srcc_jax.models.architecture import normalize
 from tests import golden
 
@@ -36,7 +36,7 @@ SMALL = efficientnet.architecture("tiny", source="torchvision", classes=3, stage
 @pytest.fixture(scope="module")
 def variables():
     """Of the small network, with running statistics that are not fresh."""
-    fresh = efficientnet.init(SMALL, jax.random.key(0))
+    fresh = zoo.init(SMALL, jax.random.key(0))
     rng = np.random.default_rng(0)
     return {
         **fresh,
@@ -274,13 +274,11 @@ def test_bfloat16_computes_in_it_and_keeps_float32_outside(variables, images):
     exact, out = evaluate(SMALL, variables, images), evaluate(half, variables, images)
     assert (out["maps"].dtype, out["features"].dtype, out["logits"].dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
     assert golden.difference(out["features"], exact["features"]) < 0.05
-    assert {leaf.dtype for leaf in jax.tree.leaves(efficientnet.init(half, jax.random.key(0)))} == {
-        jnp.dtype("float32")
-    }
+    assert {leaf.dtype for leaf in jax.tree.leaves(zoo.init(half, jax.random.key(0)))} == {jnp.dtype("float32")}
 
 
 def test_init_draws_from_the_distributions_of_the_modules():
-    ours = efficientnet.init(SMALL, jax.random.key(3))
+    ours = zoo.init(SMALL, jax.random.key(3))
     args = jax.random.key(4), jnp.zeros((1, 32, 32, 3))
     fresh = jax.jit(functools.partial(efficientnet.build(SMALL).init, train=False)).lower(*args)
     theirs = fresh.compile(compiler_options=FAST_COMPILE)(*args)

@@ -31,11 +31,7 @@ def importing():
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """The smallest network as torchvision would publish it: architecture, variables, a .safetensors file."""
-    net = zoo.architecture("tiny", source="torchvision", classes=3)
-    variables = small_networks.variables(net)
-    path = tmp_path_factory.mktemp("published") / "tiny.safetensors"
-    write_safetensors(path, pretrained.export(variables, net, "torchvision"), {})
-    return net, variables, path
+    return small_networks.published(tmp_path_factory.mktemp("published"))
 
 
 def assert_same(variables, wanted):

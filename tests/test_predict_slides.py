@@ -23,7 +23,7 @@ from experiments.run.model import Model
 from experiments.run.program import UsageError
 from experiments.run.slides import NO_TISSUE, slide_names, slide_records
 from experiments.run.workdir import WorkdirError
-from srcc_jax.models.efficientnet import architecture, init
+from srcc_jax.models.zoo import architecture, init
 from tests import programs
 from tests.programs import one_line, tissue
 from tests.tiff_files import overwrite, tile_bytes, write_tiff

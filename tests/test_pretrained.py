@@ -21,7 +21,7 @@ def small(source, **changes):
 @pytest.fixture(scope="module")
 def variables():
     """Of the small network; every array with values of its own."""
-    fresh = efficientnet.init(small("torchvision"), jax.random.key(0))
+    fresh = zoo.init(small("torchvision"), jax.random.key(0))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: leaf + rng.random(leaf.shape, np.float32), fresh)
 
@@ -114,7 +114,7 @@ def test_counters_of_torch_are_ignored(weights, variables):
 
 def test_head_is_replaced_only_when_asked(weights, variables):
     arch = dataclasses.replace(small("torchvision"), classes=2)
-    fresh = efficientnet.init(arch, jax.random.key(1))
+    fresh = zoo.init(arch, jax.random.key(1))
     with pytest.raises(pretrained.PretrainedError, match=r"classifier.1.bias \[4\] for \[2\].*replace_head=True"):
         pretrained.load(weights, arch, fresh, replace_head=False)
     loaded = pretrained.load(weights, arch, fresh, replace_head=True)

@@ -6,12 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines.safetensors_files import write_safetensors
 from data_pipelines.scan import ScanBatch
 from experiments.run.model import Network, save
 from experiments.run.scoring import TileScorer
 from srcc_jax.losses import binary_cross_entropy
-from srcc_jax.models import pretrained, zoo
+from srcc_jax.models import zoo
 from srcc_jax.models.architecture import normalize
 from srcc_jax.parallel import make_mesh
 from tests import programs, small_networks
@@ -21,11 +20,7 @@ from tests.programs import one_line
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """The smallest network as torchvision would publish it: architecture, variables, a .safetensors file."""
-    net = zoo.architecture("tiny", source="torchvision", classes=3)
-    variables = small_networks.variables(net)
-    path = tmp_path_factory.mktemp("published") / "tiny.safetensors"
-    write_safetensors(path, pretrained.export(variables, net, "torchvision"), {})
-    return net, variables, path
+    return small_networks.published(tmp_path_factory.mktemp("published"))
 
 
 def assert_same(variables, wanted):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from srcc_jax.kernels.convolution import silu
 from srcc_jax.models.architecture import TORCH, Architecture
-from srcc_jax.models.layers import ConvNorm, DropPath, SqueezeExcite, init_variables
+from srcc_jax.models.layers import ConvNorm, DropPath, SqueezeExcite
 
 _TORCH_AS_TF = dataclasses.replace(TORCH, padding="same", bn_epsilon=1e-3)
 
@@ -228,8 +228,3 @@ class EfficientNet(nn.Module):
 def build(architecture: EfficientNetArchitecture, *, folded: bool = False) -> EfficientNet:
     """The network of an architecture. folded: for variables that `layers.fold_batch_norm` made."""
     return EfficientNet(architecture=architecture, folded=folded)
-
-
-def init(architecture: EfficientNetArchitecture, key: jax.Array) -> dict[str, Any]:
-    """Fresh variables {"params", "batch_stats"} of `build(architecture)`, for images of any size."""
-    return init_variables(build(architecture), key)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -47,83 +48,23 @@ class Family:
     dense: bool = False
 
 
+def _family(networks: ModuleType, names: ModuleType, kind: type[Architecture], *, dense: bool = False) -> Family:
+    """Of a module of networks and that of their names, which all are made alike."""
+    return Family(
+        networks.VARIANTS, networks.SOURCES, names.NAMINGS, kind, networks.architecture, networks.build, dense=dense
+    )
+
+
 FAMILIES = (
-    Family(
-        variants=efficientnet.VARIANTS,
-        sources=efficientnet.SOURCES,
-        namings=efficientnet_names.NAMINGS,
-        kind=efficientnet.EfficientNetArchitecture,
-        architecture=efficientnet.architecture,
-        build=efficientnet.build,
-    ),
-    Family(
-        variants=resnet.VARIANTS,
-        sources=resnet.SOURCES,
-        namings=resnet_names.NAMINGS,
-        kind=resnet.ResNetArchitecture,
-        architecture=resnet.architecture,
-        build=resnet.build,
-    ),
-    Family(
-        variants=densenet.VARIANTS,
-        sources=densenet.SOURCES,
-        namings=densenet_names.NAMINGS,
-        kind=densenet.DenseNetArchitecture,
-        architecture=densenet.architecture,
-        build=densenet.build,
-    ),
-    Family(
-        variants=res2net.VARIANTS,
-        sources=res2net.SOURCES,
-        namings=res2net_names.NAMINGS,
-        kind=res2net.Res2NetArchitecture,
-        architecture=res2net.architecture,
-        build=res2net.build,
-    ),
-    Family(
-        variants=dla.VARIANTS,
-        sources=dla.SOURCES,
-        namings=dla_names.NAMINGS,
-        kind=dla.DLAArchitecture,
-        architecture=dla.architecture,
-        build=dla.build,
-    ),
-    Family(
-        variants=fcn.VARIANTS,
-        sources=fcn.SOURCES,
-        namings=fcn_names.NAMINGS,
-        kind=fcn.FCNArchitecture,
-        architecture=fcn.architecture,
-        build=fcn.build,
-        dense=True,
-    ),
-    Family(
-        variants=dla_dense.VARIANTS,
-        sources=dla_dense.SOURCES,
-        namings=dla_dense_names.NAMINGS,
-        kind=dla_dense.DenseDLAArchitecture,
-        architecture=dla_dense.architecture,
-        build=dla_dense.build,
-        dense=True,
-    ),
-    Family(
-        variants=unet.VARIANTS,
-        sources=unet.SOURCES,
-        namings=unet_names.NAMINGS,
-        kind=unet.UNetArchitecture,
-        architecture=unet.architecture,
-        build=unet.build,
-        dense=True,
-    ),
-    Family(
-        variants=unet_encoders.VARIANTS,
-        sources=unet_encoders.SOURCES,
-        namings=unet_encoders_names.NAMINGS,
-        kind=unet_encoders.EncoderUNetArchitecture,
-        architecture=unet_encoders.architecture,
-        build=unet_encoders.build,
-        dense=True,
-    ),
+    _family(efficientnet, efficientnet_names, efficientnet.EfficientNetArchitecture),
+    _family(resnet, resnet_names, resnet.ResNetArchitecture),
+    _family(densenet, densenet_names, densenet.DenseNetArchitecture),
+    _family(res2net, res2net_names, res2net.Res2NetArchitecture),
+    _family(dla, dla_names, dla.DLAArchitecture),
+    _family(fcn, fcn_names, fcn.FCNArchitecture, dense=True),
+    _family(dla_dense, dla_dense_names, dla_dense.DenseDLAArchitecture, dense=True),
+    _family(unet, unet_names, unet.UNetArchitecture, dense=True),
+    _family(unet_encoders, unet_encoders_names, unet_encoders.EncoderUNetArchitecture, dense=True),
 )
 VARIANTS = tuple(name for family in FAMILIES for name in family.variants)
 CLASSIFIERS = tuple(name for family in FAMILIES if not family.dense for name in family.variants)
