@@ -33,6 +33,7 @@ from data_pipelines.scan import ScanBatch, ScanJob, ScanShape, scan
 from data_pipelines.slides import open_slide
 from data_pipelines.synthetic import large_slide
 from data_pipelines.tiles import Grid
+from experiments.run.benchmark_rows import Row, ratio
 from experiments.run.model import Model
 from experiments.run.peers import Peer, interleaved
 from experiments.run.pipeline_peers import Measured, Trial, tuned_peers
@@ -70,14 +71,6 @@ NETWORKS = (
     ("unet", 512, 2, "≤ 1.2"),
 )
 GRID = Grid(tile=224, stride=112, mpp=1.0)
-Row = tuple[str, str, str, str]
-
-
-def _ratio(name: str, ours: np.ndarray, theirs: np.ndarray, target: str, unit: str = "s") -> Row:
-    """Median of the ratios of the rounds, with their quartiles."""
-    low, middle, high = np.quantile(ours / theirs, [0.25, 0.5, 0.75])
-    seconds = f"{np.median(ours):.3f} {unit} / {np.median(theirs):.3f} {unit}"
-    return name, f"{middle:.2f} ({low:.2f} to {high:.2f})", target, seconds
 
 
 def model_section() -> Iterator[Row]:
@@ -101,7 +94,7 @@ def _against_torch(task: str, network: str, side: int, batch: int, target: str) 
     ours.close()
     theirs.close()
     what = {"infer": "inference", "train": "training step"}[task]
-    return _ratio(f"{network} {side}² {what}, batch {batch}: time / torch", *measured, target)
+    return ratio(f"{network} {side}² {what}, batch {batch}: time / torch", *measured, target)
 
 
 def reading_section() -> Iterator[Row]:
@@ -132,7 +125,7 @@ def reading_section() -> Iterator[Row]:
         return time.perf_counter() - began
 
     measured = interleaved(theirs, ours, rounds=max(3, _ROUNDS.value // 3))
-    yield _ratio(f"windows of {pathlib.Path(_slide()).name}, stride 112: OpenSlide's time / ours", *measured, "≥ 6")
+    yield ratio(f"windows of {pathlib.Path(_slide()).name}, stride 112: OpenSlide's time / ours", *measured, "≥ 6")
 
 
 def predict_section() -> Iterator[Row]:
@@ -165,9 +158,7 @@ def predict_section() -> Iterator[Row]:
     whole()
     measured = interleaved(whole, network, rounds=max(3, _ROUNDS.value // 3))
     tiles = sum(batch.count for batch in held)
-    yield _ratio(
-        f"predicting {pathlib.Path(_slide()).name} ({tiles} tiles): whole / network alone", *measured, "≤ 1.15"
-    )
+    yield ratio(f"predicting {pathlib.Path(_slide()).name} ({tiles} tiles): whole / network alone", *measured, "≤ 1.15")
 
 
 def memory_section() -> Iterator[Row]:
@@ -201,8 +192,8 @@ def pipelines_section() -> Iterator[Row]:
     yield _peak("ours", ours, "≤ 0.8 GB")
     for peer, measured in zip(peers, theirs):
         rates = _columns(ours, measured, "tiles_per_second")
-        yield _ratio(f"ours / {peer.name}: steady rate", *rates, peer.steady_target, "tiles/s")
-        yield _ratio(f"ours / {peer.name}: wall time", *_columns(ours, measured, "seconds"), peer.wall_target)
+        yield ratio(f"ours / {peer.name}: steady rate", *rates, peer.steady_target, "tiles/s")
+        yield ratio(f"ours / {peer.name}: wall time", *_columns(ours, measured, "seconds"), peer.wall_target)
         yield _peak(peer.name, measured, "")
 
 

@@ -24,14 +24,14 @@ from data_pipelines.cohort import assign_splits, read_cohort
 from data_pipelines.patches import Patches, read_patches, split_patches
 from data_pipelines.spots import Spots, read_spots
 from experiments.run import settings as settings_module
-from experiments.run.distillation import DistillationStudy
-from experiments.run.distillation_model import DistillationModel
-from experiments.run.distillation_report import RANDOM_TEACHER, judge, thresholds, write_results
+from experiments.run.distillation.model import DistillationModel
+from experiments.run.distillation.report import RANDOM_TEACHER, judge, thresholds, write_results
+from experiments.run.distillation.spot_patches import NORMAL, TUMOUR, SpotCutter
+from experiments.run.distillation.teachers import load_teacher, random_teacher
+from experiments.run.distillation.training import DistillationStudy
 from experiments.run.model import CARD
 from experiments.run.program import Stop, UsageError, run, start_devices
 from experiments.run.settings import config_from_flags, define_flags
-from experiments.run.spot_patches import NORMAL, TUMOUR, SpotCutter
-from experiments.run.teachers import load_teacher, random_teacher
 from experiments.run.workdir import Workdir, file_hash, versions
 from srcc_jax.methods.reverse_distillation import SLIDE_THRESHOLD, Config, Teacher
 from srcc_jax.models import distillation, zoo

@@ -16,12 +16,12 @@ from data_pipelines.cohort import Cohort, SlideRecord
 from data_pipelines.pyramids import write_pyramid
 from data_pipelines.spots import Spots
 from experiments.run import model
-from experiments.run.distillation_model import DistillationModel
-from experiments.run.distillation_report import RANDOM_TEACHER
+from experiments.run.distillation.model import DistillationModel
+from experiments.run.distillation.report import RANDOM_TEACHER
+from experiments.run.distillation.spot_patches import SpotCutter
+from experiments.run.distillation.teachers import load_teacher
 from experiments.run.model import Model, Network
 from experiments.run.program import UsageError
-from experiments.run.spot_patches import SpotCutter
-from experiments.run.teachers import load_teacher
 from experiments.run.workdir import Workdir, WorkdirError
 from srcc_jax.methods.reverse_distillation import Config
 from srcc_jax.models import resnet, zoo

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.exports import write_json, write_table, write_text
-from experiments.run.distillation import METRIC, STAGE, DistillationStudy, Trained
+from experiments.run.distillation.training import METRIC, STAGE, DistillationStudy, Trained
 from experiments.run.evaluation import ITERATIONS
 from experiments.run.workdir import versions
 from srcc_jax.methods.reverse_distillation import FIXED_THRESHOLD
