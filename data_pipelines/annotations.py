@@ -25,6 +25,7 @@ __all__ = [
     "AnnotationWarning",
     "Shape",
     "check_inside",
+    "file_offset",
     "rasterize",
     "read_annotation",
     "write_asap_xml",
@@ -68,6 +69,13 @@ def read_annotation(path: str | os.PathLike[str], *, offset: tuple[float, float]
             f"{path}: {content.skipped.total()} of {total} shapes left out: {reasons}", AnnotationWarning, stacklevel=2
         )
     return [_moved(shape, offset) for shape in shapes]
+
+
+def file_offset(path: str | os.PathLike[str], bounds: tuple[int, int, int, int]) -> tuple[float, float]:
+    """The `offset` with which read_annotation gets level-0 pixels out of a slide's annotation file: QuPath, whose files end in .geojson,
+    counts from the corner of the slide's bounds (x, y, width, height), everyone else from that of the slide."""
+    x, y = bounds[:2] if Path(path).suffix.lower() == ".geojson" else (0, 0)
+    return float(x), float(y)
 
 
 def _parse(data: bytes) -> Content:

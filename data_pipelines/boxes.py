@@ -8,10 +8,12 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
+from xml.etree import ElementTree
 
 import numpy as np
 
 from data_pipelines.annotations import read_annotation
+from data_pipelines.files import atomic_write
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".svs"})
 ANNOTATIONS = frozenset({".xml", ".json", ".geojson"})
@@ -79,6 +81,32 @@ def read_box_table(path: str | os.PathLike) -> dict[str, Boxes]:
                 boxes.append([_number(path, reader.line_num, name, row[name]) for name in (*_CORNERS, score[0])])
     tables = {image: np.asarray(boxes, float).reshape(-1, 5) for image, boxes in rows.items()}
     return {image: Boxes(table[:, :4], table[:, 4]) for image, table in tables.items()}
+
+
+def write_boxes(
+    path: str | os.PathLike, boxes: Boxes, *, image: str, width: int, height: int, label: str = "ring_cell_cancer"
+) -> None:
+    """Boxes of an image of width x height pixels as Pascal VOC XML after DigestPath, with <confidence> where they have scores.
+
+    Corners are whole pixels, as DigestPath has them: those of the smallest such box around each.
+    """
+    root = ElementTree.Element("annotation")
+    ElementTree.SubElement(root, "filename").text = image
+    size = ElementTree.SubElement(root, "size")
+    for name, value in (("width", width), ("height", height), ("depth", 3)):
+        ElementTree.SubElement(size, name).text = str(value)
+    for (x1, y1, x2, y2), score in zip(boxes.box, boxes.score):
+        item = ElementTree.SubElement(root, "object")
+        ElementTree.SubElement(item, "name").text = label
+        corners = {"xmin": math.floor(x1), "ymin": math.floor(y1), "xmax": math.ceil(x2), "ymax": math.ceil(y2)}
+        place = ElementTree.SubElement(item, "bndbox")
+        for name, value in corners.items():
+            ElementTree.SubElement(place, name).text = str(value)
+        if math.isfinite(score):
+            ElementTree.SubElement(item, "confidence").text = repr(float(score))
+    ElementTree.indent(root, "\t")
+    with atomic_write(path) as part:
+        ElementTree.ElementTree(root).write(part, encoding="utf-8", xml_declaration=True)
 
 
 def image_name(image: str) -> str:

@@ -107,6 +107,16 @@ def read_cohort(
     return Cohort(tuple(records), (note,) if own else ())
 
 
+def read_columns(path: str | os.PathLike[str], names: Collection[str]) -> dict[str, dict[str, str]]:
+    """slide_id -> column -> cell, of those columns (in lower case) that a cohort table has besides its own; empty cells are "".
+
+    Raises CohortError for a file that is no table."""
+    return {
+        row.cells.get("slide_id", ""): {name: row.cells[name] for name in names if name in row.cells}
+        for row in cohort_rows.read_rows(Path(path))
+    }
+
+
 def write_cohort(path: str | os.PathLike[str], cohort: Iterable[SlideRecord]) -> None:
     """Writes the table that read_cohort reads; paths below the file's folder are written relative to it."""
     path = Path(path)

@@ -20,7 +20,7 @@ from data_pipelines.files import atomic_write
 from data_pipelines.polygons import Shape
 
 Colour = tuple[int, int, int]
-ObjectType = Literal["annotation", "detection", "tile"]
+ObjectType = Literal["annotation", "detection", "tile", "cell"]
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "srcc_jax/data_pipelines/geojson.py")  # must never change
 

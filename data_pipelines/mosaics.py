@@ -21,7 +21,7 @@ Patches = Mapping[str, Sequence[Path]]
 """class -> its patch files."""
 
 _FIELD = 16  # cells of the outline's field per side of a patch
-_IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 _TISSUE_SHARE = 0.42  # ours: of the slide's area
 
 
@@ -99,7 +99,7 @@ def pcam_patches(
 def class_folders(folder: Path) -> dict[str, list[Path]]:
     """Class -> its image files, sorted, of the folders <folder>/<class>/. Raises ValueError where there is none."""
     classes = {
-        place.name: sorted(file for file in place.iterdir() if file.suffix.lower() in _IMAGES)
+        place.name: sorted(file for file in place.iterdir() if file.suffix.lower() in IMAGES)
         for place in (sorted(folder.iterdir()) if folder.is_dir() else ())
         if place.is_dir()
     }

@@ -19,7 +19,7 @@ _STRIP_PX, _MARGIN_PX, _LEAST_WIDTH_PX = 46, 14, 420
 
 
 @functools.cache
-def _font() -> ImageFont.FreeTypeFont:
+def label_font() -> ImageFont.FreeTypeFont:
     """The font that comes with Matplotlib: Pillow's own has no µ."""
     from matplotlib import font_manager
 
@@ -131,7 +131,7 @@ def hatch(height: int, width: int) -> np.ndarray:
 
 def _draw_colour_bar(canvas: Image.Image, top: int, colormap: str, limits: tuple[float, float], label: str) -> int:
     """Draws it and returns the x where it ends."""
-    draw, font = ImageDraw.Draw(canvas), _font()
+    draw, font = ImageDraw.Draw(canvas), label_font()
     left, width = _MARGIN_PX, 110
     bar = map_colours(np.linspace(0, 1, width), colormap, (0, 1)).astype(np.uint8)
     canvas.paste(Image.fromarray(np.repeat(bar[None], 10, 0)), (left, top + 10))
@@ -143,7 +143,7 @@ def _draw_colour_bar(canvas: Image.Image, top: int, colormap: str, limits: tuple
 
 def _draw_missing_key(canvas: Image.Image, left: int, top: int) -> None:
     canvas.paste(Image.fromarray(hatch(10, 20)), (left, top + 10))
-    ImageDraw.Draw(canvas).text((left + 27, top + 8), "not readable", INK, _font())
+    ImageDraw.Draw(canvas).text((left + 27, top + 8), "not readable", INK, label_font())
 
 
 def _draw_scale_bar(draw: ImageDraw.ImageDraw, right: int, top: int, mpp: float) -> None:
@@ -154,4 +154,4 @@ def _draw_scale_bar(draw: ImageDraw.ImageDraw, right: int, top: int, mpp: float)
     text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
     left, middle = right - _MARGIN_PX - round(length_um / mpp), right - _MARGIN_PX - round(length_um / mpp / 2)
     draw.rectangle([left, top + 12, right - _MARGIN_PX - 1, top + 15], fill=INK)
-    draw.text((middle, top + 20), text, INK, _font(), anchor="ma")
+    draw.text((middle, top + 20), text, INK, label_font(), anchor="ma")

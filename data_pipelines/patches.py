@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -20,8 +21,9 @@ from data_pipelines.cohort_rows import SPLIT_NAMES, listed
 from data_pipelines.exports import write_table
 from data_pipelines.mosaics import class_folders
 from data_pipelines.scan import work_ahead
+from data_pipelines.tile_sets import SUFFIX, TileSetError, is_tile, is_tile_set, read_tile, read_tile_set
 
-_ROWS = 0  # purpose that a run's seed is folded with
+_ROWS, _DRAWS = 0, 1  # purposes that a run's seed is folded with
 _OPTIONAL = ("slide_id", "patient_id", "split")
 
 
@@ -56,6 +58,11 @@ class Patches:
         """int [n]: the rows of a split."""
         return np.flatnonzero(self.split == split)
 
+    def take(self, rows: np.ndarray) -> Patches:
+        """The patches of these rows int [n], in this order."""
+        columns = (getattr(self, name)[rows] for name in ("label", "slide_id", "patient_id", "split"))
+        return Patches(tuple(self.path[row] for row in rows), *columns)
+
     def digest(self) -> str:
         """16 digits that change with any name, label or split; not with what is in the files."""
         fields = ([path.name for path in self.path], self.label, self.unit, self.split)
@@ -63,21 +70,25 @@ class Patches:
 
 
 def read_patches(path: str | os.PathLike[str]) -> Patches:
-    """A folder <class>/<image>, with or without <split>/ above it (train, val or validation, test); or a CSV list.
+    """A folder <class>/<image>, with or without <split>/ above it (train, val or validation, test); a CSV list; or a set of tiles, by
+    its folder or, a public one, by its name (see `tile_sets`).
 
     The list has the columns path (relative to it) and label, and may have slide_id, patient_id and split; PatchCamelyon's, with
     the columns id and label, stands beside images/<id>.tif. Raises PatchesError that tells all problems.
     """
     path = Path(path)
+    if is_tile_set(path):
+        return _from_tile_set(path)
     if not path.exists():
         raise PatchesError(f"{path}: there is no such folder or list of patches")
     return _from_folder(path) if path.is_dir() else _from_list(path)
 
 
-def split_patches(patches: Patches, *, seed: int) -> Patches:
+def split_patches(patches: Patches, *, seed: int, validation: float = 0.15, test: float = 0.2) -> Patches:
     """The same with a split for every patch: those of a patient (or a slide) stay together, labels are spread over the splits.
 
-    Splits that are given stay as they are. Raises CohortError where a label cannot be in every split.
+    validation, test: fractions of the patients. Splits that are given stay as they are. Raises CohortError where a label cannot be in
+    every split.
     """
     records = (
         SlideRecord(str(row), path, str(label), str(unit), str(split) or None)
@@ -85,7 +96,7 @@ def split_patches(patches: Patches, *, seed: int) -> Patches:
             zip(patches.path, patches.label, patches.unit, patches.split, strict=True)
         )
     )
-    divided = assign_splits(Cohort(tuple(records)), seed=seed)
+    divided = assign_splits(Cohort(tuple(records)), seed=seed, validation=validation, test=test)
     return dataclasses.replace(patches, split=np.array([record.split for record in divided]))
 
 
@@ -99,7 +110,8 @@ def write_patches(path: str | os.PathLike[str], patches: Patches) -> None:
     write_table(path, columns | {name: getattr(patches, name) for name in _OPTIONAL})
 
 
-def _table(files: Sequence[Path], label: Sequence[str], **known: Sequence[str]) -> Patches:
+def patch_table(files: Sequence[Path], label: Sequence[str], **known: Sequence[str]) -> Patches:
+    """The table of these files and their labels. known: slide_id, patient_id, split, as far as they are."""
     unknown = np.full(len(files), "")
     columns = {name: np.array(known[name], np.str_) if name in known else unknown for name in _OPTIONAL}
     return Patches(tuple(files), np.array(label, np.str_), **columns)
@@ -123,7 +135,15 @@ def _from_folder(folder: Path) -> Patches:
     if not found:
         raise PatchesError(f"{folder}: its folders of classes hold no images")
     files, label, split_of = zip(*found)
-    return _table(files, label, split=split_of)
+    return patch_table(files, label, split=split_of)
+
+
+def _from_tile_set(path: Path) -> Patches:
+    try:
+        columns = read_tile_set(path)
+    except TileSetError as error:
+        raise PatchesError(str(error)) from error
+    return patch_table(columns.pop("path"), columns.pop("label"), **columns)
 
 
 def _from_list(path: Path) -> Patches:
@@ -144,7 +164,7 @@ def _from_list(path: Path) -> Patches:
     for line, (row, image) in enumerate(zip(cells, files), start=2):
         if not row["label"]:
             problems.append(f"line {line}: no label")
-        if not image.is_file():
+        if not image.is_file() and not is_tile(image):
             problems.append(f"line {line}: there is no file {image}")
         if row.get("split", "").lower() not in ("", *SPLIT_NAMES):
             problems.append(f"line {line}: split {row['split']!r} is none of {', '.join(SPLIT_NAMES)}")
@@ -155,7 +175,7 @@ def _from_list(path: Path) -> Patches:
     known = {name: [row[name] for row in cells] for name in _OPTIONAL if name in names}
     if "split" in known:
         known["split"] = [SPLIT_NAMES[name.lower()] if name else "" for name in known["split"]]
-    return _table(files, [row["label"] for row in cells], **known)
+    return patch_table(files, [row["label"] for row in cells], **known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +216,7 @@ class PatchReader:
         return PatchBatch(arrays, failed)
 
     def _pixels(self, path: Path) -> np.ndarray:
-        with Image.open(path) as image:
+        with read_tile(path) if path.suffix == SUFFIX else Image.open(path) as image:
             pixels = image.convert("RGB")
         if pixels.size != (self.side, self.side):
             pixels = pixels.resize((self.side, self.side), Image.Resampling.BILINEAR)
@@ -227,8 +247,38 @@ class ShuffledRows:
         return np.array([orders[epoch][place] for epoch, place in zip(epochs, within)])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class WeightedRows:
+    """The rows of each step, a function of the seed and the step: drawn with replacement from `rows` int [n], each with a chance in
+    proportion to its `weight` float [n]."""
+
+    rows: np.ndarray
+    weight: np.ndarray
+    batch: int
+    seed: int
+
+    def __call__(self, step: int) -> np.ndarray:
+        """int [batch]."""
+        reach = np.cumsum(self.weight, dtype=np.float64)
+        drawn = np.random.default_rng([self.seed, _DRAWS, step]).random(self.batch) * reach[-1]
+        place = np.searchsorted(reach, drawn, side="right")
+        return self.rows[np.minimum(place, len(self.rows) - 1)]  # a draw may be rounded up to the end
+
+
+def class_weights(label: np.ndarray) -> np.ndarray:
+    """float64 [n]: one over how many of label [n] are of the same class, so that each class has the same sum."""
+    _, place, count = np.unique(label, return_inverse=True, return_counts=True)
+    return 1 / count[place]
+
+
+class BatchReader(Protocol):
+    """Gives examples by their rows in some table, filled up with padding to `size`."""
+
+    def read(self, rows: np.ndarray, *, size: int) -> PatchBatch: ...
+
+
 def patch_batches(
-    reader: PatchReader,
+    reader: BatchReader,
     rows: Callable[[int], np.ndarray],
     *,
     size: int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from data_pipelines.tiles import Grid, Tiles, tile_slide
 from data_pipelines.tissue import tissue_mask
 
 TISSUE_MPP = 16.0  # µm per pixel of the image that tissue is looked for on (about x0.6)
+
+FindTissue = Callable[[np.ndarray], np.ndarray]
+"""A picture of the slide at TISSUE_MPP, uint8 [h, w, 3] -> where its tissue is, bool [h, w]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +41,9 @@ def prepare_slide(
     min_tissue: float,
     mpp_override: float | None = None,
     annotated: bool = False,
+    find_tissue: FindTissue = tissue_mask,
 ) -> PreparedSlide:
-    """Opens and checks the slide, masks tissue by Otsu's threshold and keeps the grid's tiles on it.
+    """Opens and checks the slide, masks tissue (by Otsu's threshold unless told otherwise) and keeps the grid's tiles on it.
 
     With `annotated` the record's annotation is read and the tiles' `annotated` column filled. Raises SlideError or AnnotationError; a
     slide without tissue has no tiles, which is not an error here.
@@ -49,7 +53,7 @@ def prepare_slide(
     opened = time.perf_counter()
     try:
         thumbnail = slide.thumbnail(TISSUE_MPP)
-        mask = tissue_mask(thumbnail)
+        mask = find_tissue(thumbnail)
         shapes = read_shapes(record, slide) if annotated and record.annotation else None
         tiles = tile_slide(
             record.slide_id,

@@ -74,6 +74,20 @@ def hed(rgb: np.ndarray) -> np.ndarray:
     return np.maximum(density @ np.linalg.inv(STAINS), 0.0)
 
 
+def stain_density(rgb: np.ndarray) -> np.ndarray:
+    """Hematoxylin and eosin together, by `hed`: [..., 3] -> float64 [...]."""
+    return hed(rgb)[..., :2].sum(axis=-1)
+
+
+def stain_threshold(thumbnail: np.ndarray) -> float | None:
+    """Otsu's threshold of `stain_density` on a thumbnail uint8 [H, W, 3], as of `tissue_mask(method="stain")`; above it there is
+    tissue. None where the picture has no contrast."""
+    pixels = thumbnail[~white_padding(thumbnail)]
+    if not len(pixels) or not _has_contrast(_gray(pixels)):
+        return None
+    return otsu_threshold(stain_density(pixels))
+
+
 def clean_up(mask: np.ndarray, *, opening: int = 3, closing: int = 5, min_pixels: int = 64) -> np.ndarray:
     """Optional, in no paper: opens and closes with squares of these sides, then drops 8-connected parts below min_pixels."""
     smooth = ndimage.grey_opening(mask.astype(np.uint8), size=opening)
@@ -108,7 +122,7 @@ def _by_saturation(pixels: np.ndarray) -> np.ndarray:
 
 
 def _by_stain(pixels: np.ndarray) -> np.ndarray:
-    density = hed(pixels)[..., :2].sum(axis=-1)
+    density = stain_density(pixels)
     return density > otsu_threshold(density)
 
 

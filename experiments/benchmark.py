@@ -33,12 +33,16 @@ from data_pipelines.scan import ScanBatch, ScanJob, ScanShape, scan
 from data_pipelines.slides import open_slide
 from data_pipelines.synthetic import large_slide
 from data_pipelines.tiles import Grid
-from experiments.run.benchmark_rows import Row, ratio
+from experiments.run.benchmarks.cells import cells_section
+from experiments.run.benchmarks.distillation import distillation_section
+from experiments.run.benchmarks.peers import Peer, interleaved
+from experiments.run.benchmarks.pipeline_peers import Measured, Trial, tuned_peers
+from experiments.run.benchmarks.rows import Row, ratio
+from experiments.run.benchmarks.screening import screening_section
+from experiments.run.benchmarks.search import large_search_section, search_section
 from experiments.run.model import Model
-from experiments.run.peers import Peer, interleaved
-from experiments.run.pipeline_peers import Measured, Trial, tuned_peers
 from experiments.run.program import UsageError, run, start_devices
-from experiments.run.scoring import TileScorer
+from experiments.run.scoring import classifier_scorer
 from experiments.run.slide_outputs import SlideCollector
 from experiments.run.workdir import versions
 from srcc_jax.models.zoo import architecture, init
@@ -131,7 +135,7 @@ def reading_section() -> Iterator[Row]:
 def predict_section() -> Iterator[Row]:
     """A slide from opening to its files, against the network alone over the same tiles held in memory."""
     model = _untrained_model("b1")
-    scorer = TileScorer(model.architecture, tile=GRID.tile, mesh=make_mesh(), cam=True)
+    scorer = classifier_scorer(model.architecture, tile=GRID.tile, mesh=make_mesh(), cam=True)
     folded, record = scorer.fold(model.variables), SlideRecord("slide", pathlib.Path(_slide()), None, "slide")
 
     def jobs(collectors: list[SlideCollector]) -> Iterator[ScanJob]:
@@ -240,6 +244,11 @@ SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
     "predict": predict_section,
     "memory": memory_section,
     "pipelines": pipelines_section,
+    "screening": lambda: screening_section(_ROUNDS.value),
+    "cells": lambda: cells_section(_ROUNDS.value),
+    "distillation": lambda: distillation_section(_ROUNDS.value),
+    "search": lambda: search_section(_ROUNDS.value),
+    "large_search": lambda: large_search_section(_ROUNDS.value),
 }
 
 

@@ -3,18 +3,23 @@
     python -m experiments.evaluate_camelyon --cohort=test.csv --maps=out --out=table
     python -m experiments.evaluate_camelyon --cohort=test.csv --detections=folder --out=table
 
---maps is a folder that predict_slides wrote; --detections one of <slide_id>.csv with score, x, y in level-0 pixels. The cohort table
-names each slide's annotation (ASAP XML, GeoJSON, NCRF JSON, or a mask image). Leaves slides.csv, froc.csv, metrics.json and report.html.
+--maps is a folder that predict_slides wrote, of slide classifiers or of reverse distillation; --detections one of <slide_id>.csv with
+score, x, y in level-0 pixels, or one that predict_slides wrote with lesion candidates. The cohort table names each slide's annotation
+(ASAP XML, GeoJSON, NCRF JSON, or a mask image). Leaves slides.csv, froc.csv, metrics.json and report.html.
+
+A slide's score is its best detection, unless predict_slides gave it another (of reverse distillation: the mean of high map values).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 
 import numpy as np
 from absl import flags
 
+from data_pipelines.camelyon16 import EXCLUDED
 from data_pipelines.cohort import Cohort, SlideRecord, check_two_classes, read_cohort
 from data_pipelines.cohort_rows import listed
 from data_pipelines.detections import Detections, read_detections
@@ -29,7 +34,7 @@ from srcc_jax.report import Report, Table, render
 
 # µm per pixel of the masks that lesions are found on: level 5 of slides at 0.243 µm per pixel; MONAI's LesionFROC takes level 6.
 VARIANTS = {"camelyon16": 0.243 * 2**5, "monai": 0.243 * 2**6}
-EXCLUDED = {"Test_049": "a duplicate", "Test_114": "not annotated exhaustively"}
+STOPS = {"anomaly score": 1.0}  # ours: of 3; nearly all tissue is above the 0.5 that suits probabilities
 
 _COHORT = flags.DEFINE_string("cohort", None, "cohort table with label and annotation", required=True)
 _SPLIT = flags.DEFINE_string("split", None, "of the cohort table, this split only")
@@ -48,7 +53,9 @@ _EXCLUDE = flags.DEFINE_list(
 _RADIUS = flags.DEFINE_float(
     "nms_radius_um", 93.3, "of --maps: half the side of the square that a candidate clears, in µm"
 )
-_STOP = flags.DEFINE_float("nms_stop", 0.5, "of --maps: values up to this are no candidates")
+_STOP = flags.DEFINE_float(
+    "nms_stop", None, "of --maps: values up to this are no candidates; none: 0.5, or 1 where they are anomaly scores"
+)
 _MPP_OVERRIDE = flags.DEFINE_float("mpp_override", None, "µm per pixel of slides that do not say it themselves")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the bootstrap over slides")
 
@@ -61,20 +68,34 @@ class Scored:
     detections: Detections
     hits: SlideHits
     itc: int
+    given: float | None  # the slide's score by predict_slides
 
     @property
     def score(self) -> float:
-        """Of the slide: its best detection; 0 where there is none."""
-        return float(self.detections.score.max(initial=0.0))
+        """Of the slide: the one that it was given, or its best detection; 0 where there is none."""
+        return float(self.detections.score.max(initial=0.0)) if self.given is None else self.given
 
 
-def source() -> tuple[pathlib.Path, str]:
-    """The folder of the detections, and the name of a slide's file in it. UsageError where not exactly one is given."""
+def source() -> tuple[pathlib.Path, tuple[str, ...]]:
+    """The folder of the detections, and the names that a slide's file in it may have. UsageError where not exactly one is given."""
     if _DETECTIONS.value and not _MAPS.value:
-        return pathlib.Path(_DETECTIONS.value), "{}.csv"
+        return pathlib.Path(_DETECTIONS.value), ("{}.csv", "slides/{}/detections.csv")
     if _MAPS.value and not _DETECTIONS.value:
-        return pathlib.Path(_MAPS.value), "slides/{}/probability.npz"
+        return pathlib.Path(_MAPS.value), ("slides/{}/probability.npz", "slides/{}/anomaly.npz")
     raise UsageError("give one of --maps (of predict_slides) and --detections (tables of any program)")
+
+
+def file_of(record: SlideRecord) -> pathlib.Path | None:
+    """The slide's map or table; None where there is none."""
+    folder, names = source()
+    files = [folder / name.format(record.slide_id) for name in names]
+    return next((file for file in files if file.exists()), None)
+
+
+def given_score(file: pathlib.Path) -> float | None:
+    """The slide's score as predict_slides wrote it beside this file; None where it gave none, or another program wrote the file."""
+    about = file.with_name("slide.json")
+    return json.loads(about.read_text(encoding="utf-8")).get("score") if about.exists() else None
 
 
 def find_detections(path: pathlib.Path) -> Detections:
@@ -83,7 +104,8 @@ def find_detections(path: pathlib.Path) -> Detections:
         return read_detections(path)
     found = read_map(path)
     radius = max(1, round(_RADIUS.value / found.mpp))
-    score, x, y = candidates(found.values, downsample=found.downsample, radius=radius, stop=_STOP.value)
+    stop = STOPS.get(found.unit, 0.5) if _STOP.value is None else _STOP.value
+    score, x, y = candidates(found.values, downsample=found.downsample, radius=radius, stop=stop)
     return Detections(score, x + found.origin[0], y + found.origin[1])
 
 
@@ -98,10 +120,12 @@ def score_record(record: SlideRecord) -> Scored:
     lesions = None
     if tumour is not None and tumour.mask.any():
         lesions = find_lesions(tumour.mask, mpp=tumour.mpp, downsample=tumour.downsample)
-    folder, name = source()
-    found = find_detections(folder / name.format(record.slide_id))
+    file = file_of(record)
+    assert file is not None  # `chosen` has seen it
+    found = find_detections(file)
     hits = score_slide(lesions, found.score, found.x, found.y)
-    return Scored(record, found, hits, 0 if lesions is None else int(lesions.itc.sum()))
+    itc = 0 if lesions is None else int(lesions.itc.sum())
+    return Scored(record, found, hits, itc, given_score(file))
 
 
 def chosen(cohort: Cohort) -> Cohort:
@@ -111,18 +135,17 @@ def chosen(cohort: Cohort) -> Cohort:
     for record in cohort:
         if record not in records:
             print(f"left out: {record.slide_id} ({EXCLUDED.get(record.slide_id.capitalize(), 'as --exclude says')})")
-    folder, name = source()
-    absent = [r.slide_id for r in records if not (folder / name.format(r.slide_id)).exists()]
+    absent = [record.slide_id for record in records if file_of(record) is None]
     if absent:
         raise UsageError(
-            f"{folder} has nothing for {listed(absent)}: a slide in which nothing was detected needs an empty table; slides that "
+            f"{source()[0]} has nothing for {listed(absent)}: a slide in which nothing was detected needs an empty table; slides that "
             "shall not count belong into --exclude"
         )
     return dataclasses.replace(cohort, records=records)
 
 
 def slide_auc(cohort: Cohort, scored: list[Scored]) -> Interval:
-    """ROC AUC of the best detection of each slide."""
+    """ROC AUC of the slides' scores."""
     label, score = cohort.labels(_POSITIVE.value), np.asarray([slide.score for slide in scored])
     return bootstrap(roc_auc, label, score, seed=_SEED.value)
 
@@ -149,7 +172,7 @@ def write_results(
         "mask_mpp": _MASK_MPP.value or VARIANTS[_VARIANT.value],
         "slides": len(scored),
         "lesions": sum(s.hits.lesions for s in scored),
-        "left out": _EXCLUDE.value,
+        "exclude": _EXCLUDE.value,
     }
     write_json(
         out / "metrics.json", {**merit, "sensitivity at false positives per slide": at, **about, "versions": versions()}
@@ -182,6 +205,12 @@ def main() -> None:
             scored.append(score_record(record))
             bar.update()
     hits = [slide.hits for slide in scored]
+    if not any(slide.lesions for slide in hits):
+        itc = sum(slide.itc for slide in scored)
+        raise UsageError(
+            f"{_COHORT.value}: none of {len(scored)} slides has a lesion that counts ({itc} are isolated tumour cells, less than "
+            "275 µm long): there is no FROC without one"
+        )
     merit = {"lesion FROC": bootstrap_froc(hits, seed=_SEED.value), "slide ROC AUC": slide_auc(cohort, scored)}
     out = pathlib.Path(_OUT.value)
     write_results(out, cohort, scored, froc(hits), merit)

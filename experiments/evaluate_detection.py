@@ -1,43 +1,38 @@
 """Detected cells against annotated boxes, as DigestPath and Li 2019 score them: recall, false positives on normal images, FROC.
 
     python -m experiments.evaluate_detection --truth=annotated/ --detections=found/ --normal=normal_images/ --out=table
+    python -m experiments.evaluate_detection --truth=annotated/ --detections=fold0/,fold1/,fold2/ --folds=3 --fold_mode=hard --out=table
 
 --truth is a folder with an annotation for each annotated image, --detections a folder of the same kind with scores, or one CSV (image, x1,
-y1, x2, y2, score), of this or any other program. Leaves images.csv, metrics.json and report.html.
+y1, x2, y2, score), of this or any other program, or what predict_slides left of images as slides, or several with commas between them,
+each for other images. --folds adds the numbers of each fold, by the same division as cell_detection's, and their mean, as the paper's
+Table 1 has it. Leaves images.csv, metrics.json and report.html.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from absl import flags
 
 from data_pipelines.boxes import NONE, Boxes, image_name, read_box_folder, read_box_table, read_names, require_scores
+from data_pipelines.cell_images import ANNOTATED, NORMAL, assign_folds, read_groups
 from data_pipelines.cohort_rows import listed
 from data_pipelines.exports import write_json, write_table, write_text
+from experiments.run.cells.evaluation import Scoring
 from experiments.run.program import UsageError, run
 from experiments.run.workdir import versions
-from srcc_jax.detection_metrics import (
-    FP_RATES,
-    MIN_IOU,
-    Matches,
-    bootstrap_images,
-    challenge_false_positives,
-    collective_recall,
-    instance_recall,
-    match,
-    normal_false_positives,
-    precise_recall,
-    recall_at_rates,
-)
+from srcc_jax.detection_metrics import MIN_IOU, RULES, Matches
 from srcc_jax.metrics import Interval
 from srcc_jax.report import Report, Table, render
 
 _TRUTH = flags.DEFINE_string("truth", None, "folder with an annotation for each annotated image", required=True)
-_DETECTIONS = flags.DEFINE_string("detections", None, "folder of annotations with scores, or a CSV", required=True)
+_DETECTIONS = flags.DEFINE_list(
+    "detections", None, "folders of annotations with scores, results of predict_slides, or CSVs", required=True
+)
 _NORMAL = flags.DEFINE_string("normal", None, "images without cells: a folder of them, or a text file of names")
 _OUT = flags.DEFINE_string("out", None, "folder for the results", required=True)
 _IOU = flags.DEFINE_float("iou", MIN_IOU, "a detection matches a box above this IoU", lower_bound=0, upper_bound=1)
@@ -45,22 +40,54 @@ _COVERED = flags.DEFINE_float(
     "covered", 0.3, "a box counts as found collectively above this share under detections (ours)"
 )
 _STEAL = flags.DEFINE_bool("steal", False, "a detection whose best box is taken is lost, as in some public evaluations")
-_RULE = flags.DEFINE_enum(
-    "froc_rule", "above_next", ["above_next", "at_kth"], "which detections a rate of false positives allows"
-)
+_RULE = flags.DEFINE_enum("froc_rule", RULES[0], list(RULES), "which detections a rate of false positives allows")
 _CHALLENGE = flags.DEFINE_bool(
     "challenge", False, "add the challenge's numbers: recall at 20 % precision at least, 100 - FPs"
 )
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the bootstrap over images")
+_FOLDS = flags.DEFINE_integer(
+    "folds", 0, "add the numbers of this many folds and their mean (§3.1: 3); 0: none", lower_bound=0
+)
+_FOLD_MODE = flags.DEFINE_enum(
+    "fold_mode",
+    "hard",
+    ["easy", "hard"],
+    "easy: images are divided; hard: slides, patients and organs, as far as known",
+)
+_SPLIT_SEED = flags.DEFINE_integer("split_seed", 0, "seed of the division into folds")
+_GROUPS = flags.DEFINE_string(
+    "groups", None, "table (CSV: image, and any of slide_id, patient_id, organ) that folds keep together by"
+)
 
-Metric = Callable[[Sequence[Matches], Sequence[np.ndarray]], float]
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Annotated image -> its matches, normal image -> scores of its detections, metric -> interval, fold -> metric -> value."""
+
+    images: Mapping[str, Matches]
+    normal: Mapping[str, np.ndarray]
+    merit: Mapping[str, Interval]
+    folds: Sequence[Mapping[str, float]]
 
 
-def read_detections(path: pathlib.Path) -> dict[str, Boxes]:
-    """Image -> detections with scores."""
-    found = read_box_folder(path) if path.is_dir() else read_box_table(path)
-    require_scores(found, where=str(path))
-    return found
+def read_detections(paths: Sequence[str]) -> dict[str, Boxes]:
+    """Image -> detections with scores, of all folders and tables together."""
+    together: dict[str, Boxes] = {}
+    for path in [part for given in paths for part in _of_slides(pathlib.Path(given))]:
+        found = read_box_folder(path) if path.is_dir() else read_box_table(path)
+        require_scores(found, where=str(path))
+        named = {image_name(name): boxes for name, boxes in found.items()}
+        twice = sorted(set(named) & set(together))
+        if twice:
+            raise UsageError(f"detections of {listed(twice)} are in {path} and before it: give each image's once")
+        together |= named
+    return together
+
+
+def _of_slides(path: pathlib.Path) -> Sequence[pathlib.Path]:
+    """The folders of detections below what predict_slides left; the path itself where it is another."""
+    folders = sorted(path.glob("slides/*/detections")) if (path / "slides.csv").is_file() else []
+    return folders or [path]
 
 
 def split_images(truth: Mapping[str, Boxes], normal: Sequence[str], found: Mapping[str, Boxes]) -> None:
@@ -73,7 +100,7 @@ def split_images(truth: Mapping[str, Boxes], normal: Sequence[str], found: Mappi
     missing = sorted({*truth, *normal} - set(found))
     if len(missing) == len(truth) + len(normal):
         raise UsageError(
-            f"no image of --truth or --normal is in {_DETECTIONS.value}: images go by their names without ending"
+            f"no image of --truth or --normal is in {', '.join(_DETECTIONS.value)}: images go by their names without ending"
         )
     if missing:
         print(f"no detections are given for {listed(missing)}: taken as none found")
@@ -82,73 +109,89 @@ def split_images(truth: Mapping[str, Boxes], normal: Sequence[str], found: Mappi
         print(f"detections in {listed(extra)} are not scored: neither in --truth nor in --normal")
 
 
-def metrics() -> dict[str, Metric]:
-    """Name -> metric of (annotated images, scores on normal images)."""
-    covered, froc = f"collective recall (> {_COVERED.value:g} covered)", "FROC (mean recall)"
-    chosen: dict[str, Metric] = {
-        "instance recall": lambda images, normal: instance_recall(images),
-        covered: lambda images, normal: collective_recall(images, covered=_COVERED.value),
-    }
-    if _CHALLENGE.value:
-        chosen["recall at precision ≥ 0.2"] = lambda images, normal: precise_recall(images)
-    if _NORMAL.value:
-        recall = functools.partial(recall_at_rates, rule=_RULE.value)
-        chosen["false positives per normal image"] = lambda images, normal: normal_false_positives(normal)
-        chosen[froc] = lambda images, normal: float(recall(images, normal).mean())
-        for place, rate in enumerate(FP_RATES):
-            chosen[f"recall at {rate} false positives"] = functools.partial(_recall_at, recall, place)
-        if _CHALLENGE.value:
-            chosen["100 - false positives"] = lambda images, normal: challenge_false_positives(normal)
-    return chosen
-
-
-def _recall_at(
-    recall: Callable[..., np.ndarray], place: int, images: Sequence[Matches], normal: Sequence[np.ndarray]
-) -> float:
-    return float(recall(images, normal)[place])
+def score_folds(
+    scoring: Scoring, images: Mapping[str, Matches], normal: Mapping[str, np.ndarray]
+) -> list[dict[str, float]]:
+    """Metric -> value in each fold. Raises BoxesError where the images cannot be divided, UsageError for a fold without a box."""
+    if not _FOLDS.value:
+        return []
+    if _FOLDS.value == 1:
+        raise UsageError("--folds=1 divides nothing: give 2 or more, or none")
+    names = [*images, *normal]
+    kinds = [ANNOTATED] * len(images) + [NORMAL] * len(normal)
+    groups = read_groups(_GROUPS.value) if _GROUPS.value else {}
+    fold = assign_folds(names, kinds, groups, folds=_FOLDS.value, mode=_FOLD_MODE.value, seed=_SPLIT_SEED.value)
+    of = dict(zip(names, fold))
+    numbers = []
+    for number in range(_FOLDS.value):
+        mine = [image for name, image in images.items() if of[name] == number]
+        others = [scores for name, scores in normal.items() if of[name] == number]
+        if not any(image.truths for image in mine):
+            raise UsageError(
+                f"fold {number} of {_FOLDS.value} has no annotated box: give fewer folds, or --fold_mode=easy"
+            )
+        numbers.append({name: metric(mine, others) for name, metric in scoring.metrics(normal=bool(others)).items()})
+    return numbers
 
 
 def main() -> None:
     """Scores and prints the numbers."""
     truth = read_box_folder(_TRUTH.value)
     normal = read_names(_NORMAL.value) if _NORMAL.value else []
-    found = read_detections(pathlib.Path(_DETECTIONS.value))
-    found = {image_name(name): boxes for name, boxes in found.items()}
+    found = read_detections(_DETECTIONS.value)
     split_images(truth, normal, found)
-    images = [
-        match(boxes.box, found.get(name, NONE).box, found.get(name, NONE).score, min_iou=_IOU.value, steal=_STEAL.value)
-        for name, boxes in truth.items()
-    ]
-    others = [found.get(name, NONE).score for name in normal]
-    merit = {name: bootstrap_images(metric, images, others, seed=_SEED.value) for name, metric in metrics().items()}
-    write_results(pathlib.Path(_OUT.value), dict(zip(truth, images)), dict(zip(normal, others)), merit)
+    scoring = Scoring(
+        iou=_IOU.value, covered=_COVERED.value, steal=_STEAL.value, rule=_RULE.value, challenge=_CHALLENGE.value
+    )
+    images = scoring.matches(truth, found)
+    others = {name: found.get(name, NONE).score for name in normal}
+    merit = scoring.merit(list(images.values()), list(others.values()), seed=_SEED.value)
+    scored = Scored(images, others, merit, score_folds(scoring, images, others))
+    write_results(pathlib.Path(_OUT.value), scored)
     for name, interval in merit.items():
         print(f"{name} {interval.value:.4f} [{interval.low:.4f}, {interval.high:.4f}]")
+    for name, (mean, deviation) in fold_means(scored.folds).items():
+        print(f"{name}, mean of {len(scored.folds)} folds ({_FOLD_MODE.value}) {mean:.4f} (sd {deviation:.4f})")
 
 
-def write_results(
-    out: pathlib.Path, images: Mapping[str, Matches], normal: Mapping[str, np.ndarray], merit: Mapping[str, Interval]
-) -> None:
+def fold_means(folds: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+    """Metric -> mean and standard deviation (n - 1) over folds, of metrics that every fold has."""
+    names = [name for name in (folds[0] if folds else ()) if all(name in fold for fold in folds)]
+    return {
+        name: (float(np.mean(values)), float(np.std(values, ddof=1)))
+        for name in names
+        for values in [[fold[name] for fold in folds]]
+    }
+
+
+def write_results(out: pathlib.Path, scored: Scored) -> None:
     """images.csv, metrics.json, report.html."""
-    rows = [(name, image.truths, len(image.hit), int(image.hit.sum())) for name, image in images.items()]
-    rows += [(name, 0, len(scores), 0) for name, scores in normal.items()]
+    rows = [(name, image.truths, len(image.hit), int(image.hit.sum())) for name, image in scored.images.items()]
+    rows += [(name, 0, len(scores), 0) for name, scores in scored.normal.items()]
     names = ("image", "annotated", "detected", "matched")
     write_table(out / "images.csv", dict(zip(names, zip(*rows))))
     about = {
         "iou": _IOU.value,
-        "images": len(images),
-        "boxes": sum(i.truths for i in images.values()),
-        "normal images": len(normal),
+        "images": len(scored.images),
+        "boxes": sum(image.truths for image in scored.images.values()),
+        "normal images": len(scored.normal),
     }
-    write_json(out / "metrics.json", {**merit, **about, "versions": versions()})
+    means = fold_means(scored.folds)
+    folds = {"mode": _FOLD_MODE.value, "folds": scored.folds, "mean": {name: mean for name, (mean, _) in means.items()}}
+    divided = {"folds": folds} if scored.folds else {}
+    write_json(out / "metrics.json", {**scored.merit, **divided, **about, "versions": versions()})
     report = Report(
         title="Detected cells",
-        subtitle=f"{about['boxes']} boxes in {len(images)} images, {len(normal)} normal images",
-        summary={name: {"image": interval} for name, interval in merit.items()},
+        subtitle=f"{about['boxes']} boxes in {len(scored.images)} images, {len(scored.normal)} normal images",
+        summary={name: {"image": interval} for name, interval in scored.merit.items()},
         notes=[
             f"A detection matches above an IoU of {_IOU.value:g}, in descending score, one to a box.",
             "Unmatched detections on annotated images are not counted: the annotation is taken to be incomplete.",
             "Intervals: percentile bootstrap, annotated and normal images each drawn with replacement, 1000 resamples.",
+            *(
+                f"{name}: mean of {len(scored.folds)} folds ({_FOLD_MODE.value}) {mean:.4f}, standard deviation {deviation:.4f}."
+                for name, (mean, deviation) in means.items()
+            ),
         ],
         comparison=Table(columns=list(names), rows=rows),
         configuration=about,

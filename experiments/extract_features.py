@@ -19,7 +19,7 @@ from experiments.run import cohort_program, cohort_summary
 from experiments.run.feature_outputs import DTYPES, LAYOUTS, FeatureSettings, FeatureTask
 from experiments.run.model import Model, Network, load
 from experiments.run.program import UsageError, run, start_devices
-from experiments.run.scoring import TileScorer
+from experiments.run.scoring import classifier_scorer
 from experiments.run.slide_state import model_hash
 from srcc_jax.models.features import widths
 from srcc_jax.parallel import make_mesh
@@ -62,7 +62,7 @@ def main() -> int:
     network = load(_NETWORK.value)
     settings = _settings(network)
     width = _width(network, settings)
-    scorer = TileScorer(
+    scorer = classifier_scorer(
         network.architecture,
         tile=settings.grid.tile,
         mesh=make_mesh(),
@@ -73,7 +73,7 @@ def main() -> int:
     task = FeatureTask(settings, pathlib.Path(_COHORT.out.value).absolute(), network.architecture.name, width)
     outcome = cohort_program.run_cohort(_COHORT, task, scorer, network.variables, began=began)
     if outcome.whole:
-        cohort_summary.write_slides(outcome.out, outcome.results)
+        cohort_summary.write_slides(outcome.out, outcome.results, task.measures)
         print(f"{outcome.out / 'slides.csv'}; {width} features a tile")
     return cohort_program.end(_COHORT, outcome)
 

@@ -21,6 +21,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from data_pipelines.cohort import assign_splits, read_cohort
+from data_pipelines.patch_names import join_patches
 from data_pipelines.patches import Patches, read_patches, split_patches
 from data_pipelines.spots import Spots, read_spots
 from experiments.run import settings as settings_module
@@ -29,6 +30,7 @@ from experiments.run.distillation.report import RANDOM_TEACHER, judge, threshold
 from experiments.run.distillation.spot_patches import NORMAL, TUMOUR, SpotCutter
 from experiments.run.distillation.teachers import load_teacher, random_teacher
 from experiments.run.distillation.training import DistillationStudy
+from experiments.run.mined_tiles import read_mined
 from experiments.run.model import CARD
 from experiments.run.program import Stop, UsageError, run, start_devices
 from experiments.run.settings import config_from_flags, define_flags
@@ -57,6 +59,11 @@ _RANDOM = flags.DEFINE_bool(
 )
 _NORMAL_LIST = flags.DEFINE_string("normal_list", None, "of --cohort: places of normal patches, lines <slide>,<x>,<y>")
 _TUMOUR_LIST = flags.DEFINE_string("tumour_list", None, "of --cohort: places of tumour patches, lines <slide>,<x>,<y>")
+_MINED = flags.DEFINE_string(
+    "mine_negatives",
+    None,
+    "a finished work directory of negative_mining: its mined tiles join the normal training patches",
+)
 _MPP_OVERRIDE = flags.DEFINE_float("mpp_override", None, "µm per pixel of slides that do not say it themselves")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "arithmetic; auto: bfloat16 on GPU and TPU"
@@ -72,7 +79,8 @@ def start(config: Config) -> Mesh:
         raise UsageError("give --teacher=<weights>, or --random_teacher to see that shapes fit")
     if (_NORMAL_LIST.value or _TUMOUR_LIST.value) and not _COHORT.value:
         raise UsageError("--normal_list and --tumour_list are places on the slides of a --cohort")
-    start_devices(batch=config.batch)
+    # One device on CPU, whose operations use all cores: each of several would update all of the student's parameters.
+    start_devices(batch=1)
     mesh = make_mesh()
     if config.batch % mesh.size:
         raise UsageError(
@@ -104,6 +112,7 @@ def settings(config: Config, teacher: Teacher, patches: Patches | None) -> dict[
         **{name: file_hash(pathlib.Path(file)) if file else None for name, file in files.items()},
         "mpp_override": _MPP_OVERRIDE.value,
         "dtype": teacher.dtype,
+        "mine_negatives": read_mined(_MINED.value).digest if _MINED.value else None,
     }
 
 
@@ -134,6 +143,10 @@ def main() -> None:
     if _RANDOM.value:
         print(RANDOM_TEACHER)
     patches = cut_cohort(str(_COHORT.value), config, workdir) if listed is None else listed
+    if _MINED.value:
+        judged_rows = np.concatenate([patches.rows("validation"), patches.rows("test")])
+        tiles = read_mined(_MINED.value).patches(label=NORMAL, apart=patches.take(judged_rows))
+        patches = join_patches([patches, tiles])
     student = student_architecture(teacher, shortcut=config.shortcut)
     try:
         study = DistillationStudy(config, teacher, student, mesh, workdir, patches, _THREADS.value, Stop())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import pathlib
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,16 +23,17 @@ from data_pipelines.cohort_rows import listed
 from data_pipelines.exports import write_table
 from data_pipelines.shelf import Shelf
 from data_pipelines.tiles import Grid
-from data_pipelines.weights import read_weights
 from experiments.run import settings as settings_module
-from experiments.run.model import CARD, Model, Network
+from experiments.run.mined_tiles import read_mined, rows_on_slides
+from experiments.run.model import Model
 from experiments.run.program import Stop, UsageError, run, start_devices
 from experiments.run.settings import config_from_flags, define_flags
 from experiments.run.slides import SlideSet, prepare_slides
+from experiments.run.starting import arithmetic, pretrained_hash, pretrained_network
 from experiments.run.training import Study, train_supervised, train_weakly
 from experiments.run.workdir import Workdir, WorkdirError, file_hash, versions
 from srcc_jax.methods.slide_classification import Config
-from srcc_jax.models import efficientnet, pretrained
+from srcc_jax.models import efficientnet
 from srcc_jax.models.architecture import Architecture
 from srcc_jax.models.zoo import SOURCES, architecture, family, init
 from srcc_jax.parallel import make_mesh, start_distributed
@@ -53,6 +53,11 @@ _SOURCE = flags.DEFINE_enum(
 _START = flags.DEFINE_string(
     "start_from", None, "work directory of a finished model to go on from (FS+WS without a second FS)"
 )
+_MINED = flags.DEFINE_string(
+    "mine_negatives",
+    None,
+    "WS: a finished work directory of negative_mining; of the tiles of its slides those that were mined join the buffer",
+)
 _MPP_OVERRIDE = flags.DEFINE_float(
     "mpp_override", None, "µm per pixel of level 0 for slides that do not say it themselves"
 )
@@ -69,6 +74,8 @@ MODE_NAMES = {"fs": "FS", "ws": "WS", "fs_ws": "FS+WS"}
 
 def start(config: Config) -> Mesh:
     """Joins the other processes, and gives the devices of all of them. Raises UsageError where a batch does not fit them."""
+    if _MINED.value and config.mode == "fs":
+        raise UsageError("--mine_negatives is of the buffer of WS: give --mode=ws or --mode=fs_ws")
     if config.batch % _PROCESSES.value:
         raise UsageError(f"--batch={config.batch} must be a multiple of --processes={_PROCESSES.value}")
     if _PROCESSES.value > 1 and not (_COORDINATOR.value and _PROCESS.value < _PROCESSES.value):
@@ -121,22 +128,15 @@ def starting_model(config: Config) -> tuple[Architecture, dict[str, Any]]:
         source = "keras" if config.backbone in efficientnet.VARIANTS else next(iter(family(config.backbone).sources))
         net = architecture(config.backbone, source=source, classes=1, **changes)
         return net, init(net, key)
-    try:
-        return pretrained_model(config, pathlib.Path(_PRETRAINED.value), changes, key)
-    except pretrained.PretrainedError as error:
-        problem = textwrap.shorten(str(error), 300, placeholder=" ...")  # it can name hundreds of arrays
-        raise UsageError(
-            f"--pretrained={_PRETRAINED.value} does not fit --backbone={config.backbone}: {problem}"
-        ) from error
+    return pretrained_network(
+        _PRETRAINED.value, backbone=config.backbone, source=_SOURCE.value, classes=1, key=key, changes=changes
+    )
 
 
 def architecture_changes(config: Config) -> dict[str, Any]:
     """What the settings change of the network. Raises UsageError for one that a network of this kind does not have."""
-    dtype = _DTYPE.value
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     fields = {field.name for field in dataclasses.fields(family(config.backbone).kind)}
-    changes: dict[str, Any] = {"dtype": dtype}
+    changes: dict[str, Any] = {"dtype": arithmetic(_DTYPE.value)}
     for name in ("dropout", "drop_path", "bn_momentum"):
         value = getattr(config, name)
         if value is not None and name not in fields:
@@ -148,25 +148,6 @@ def architecture_changes(config: Config) -> dict[str, Any]:
     return changes
 
 
-def pretrained_model(
-    config: Config, path: pathlib.Path, changes: Mapping[str, Any], key: jax.Array
-) -> tuple[Architecture, dict[str, Any]]:
-    """The network of --pretrained, under a fresh head of one class. Raises PretrainedError where it is of another network."""
-    if not path.is_dir():
-        arrays = read_weights(path)
-        published = pretrained.source_conventions(arrays, config.backbone, source=_SOURCE.value, classes=1)
-        net = dataclasses.replace(published, **changes)
-        return net, pretrained.load(arrays, net, init(net, key), replace_head=True)
-    network = Network.load(path)
-    if network.architecture.name != config.backbone or _SOURCE.value:
-        raise UsageError(
-            f"--pretrained={path} is of --backbone={network.architecture.name} with the conventions of its card: "
-            "give that backbone, and no --pretrained_source"
-        )
-    net = dataclasses.replace(network.architecture, classes=1, **changes)
-    return net, pretrained.transfer(network.variables, init(net, key), net)
-
-
 def model_name(config: Config) -> str:
     """As the paper's table names it, with the scale in µm per pixel."""
     mode = "FS+WS" if _START.value and config.mode == "ws" else MODE_NAMES[config.mode]
@@ -175,24 +156,17 @@ def model_name(config: Config) -> str:
     return f"{mode}{annotations}{transfer} {config.mpp:g} µm/px"
 
 
-def pretrained_hash() -> str | None:
-    """Of the file of --pretrained; of a folder's card, which holds the checksum of its weights."""
-    if not _PRETRAINED.value:
-        return None
-    path = pathlib.Path(_PRETRAINED.value)
-    return file_hash(path / CARD if path.is_dir() else path)
-
-
 def settings(config: Config, net: Architecture) -> dict[str, Any]:
     """Everything that decides the result: another value of any of it needs another work directory."""
     return {
         **dataclasses.asdict(config),
         "cohort": file_hash(pathlib.Path(_COHORT.value)),
-        "pretrained": pretrained_hash(),
+        "pretrained": pretrained_hash(_PRETRAINED.value),
         "pretrained_source": _SOURCE.value,
         "start_from": file_hash(pathlib.Path(_START.value) / "weights.npz") if _START.value else None,
         "mpp_override": _MPP_OVERRIDE.value,
         "dtype": net.dtype,
+        "mine_negatives": read_mined(_MINED.value).digest if _MINED.value else None,
     }
 
 
@@ -251,6 +225,8 @@ def main() -> None:
     train, validation = (split_slides(cohort, split, config, workdir) for split in ("train", "validation"))
     shelf = Shelf([*train.records, *validation.records], mpp_override=_MPP_OVERRIDE.value)
     study = Study(config, net, mesh, workdir, shelf, train, validation, threads=_THREADS.value, stop=Stop())
+    if _MINED.value:
+        study.mined = rows_on_slides(read_mined(_MINED.value), train, study.labels == 0)
     if config.mode != "ws":
         result = train_supervised(study, variables)
         variables = result.variables

@@ -72,3 +72,59 @@ def _loss(
         return weighted_mean(each, weight), (stats, {"accuracy": ((right * weight).sum(), weight.sum())})
 
     return loss_fn
+
+
+PrepareBoth = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""(image uint8 [B, H, W, 3], mask uint8 [B, H, W], key) -> both as a random view, the image as the model wants it."""
+
+
+def pixel_cross_entropy(dense: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over its pixels of each image's binary cross-entropy, from logits: dense [B, H, W, 1], mask [B, H, W] 0 or 1 -> [B]."""
+    each = optax.sigmoid_binary_cross_entropy(dense[..., 0].astype(jnp.float32), mask.astype(jnp.float32))
+    return each.mean((1, 2))
+
+
+def multi_task(model: nn.Module, *, prepare: PrepareBoth, class_weight: float) -> Loss:
+    """class_weight · softmax cross-entropy of the image's label + mean binary cross-entropy of its pixels (Yu et al. 2019, eq. 1).
+
+    The model gives logits [B, K] and dense [B, H, W, 1]; the batch holds `mask` uint8 [B, H, W] besides. A model without "logits"
+    has the pixels' part alone. Metrics: both parts, and the accuracy of the largest logit.
+    """
+
+    def loss_fn(params: Any, stats: Any, batch: Mapping[str, jax.Array], key: jax.Array):
+        view_key, dropout_key = jax.random.split(key)
+        image, mask = prepare(batch["image"], batch["mask"], view_key)
+        variables, rngs = {"params": params, **stats}, {"dropout": dropout_key}
+        out, stats = model.apply(variables, image, train=True, rngs=rngs, mutable=list(stats))
+        weight = batch["weight"]
+        parts = {"pixel_loss": pixel_cross_entropy(out["dense"], mask)}
+        each = parts["pixel_loss"]
+        if "logits" in out:
+            logits, label = out["logits"].astype(jnp.float32), batch["label"].astype(jnp.int32)
+            parts["class_loss"] = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+            parts["accuracy"] = (logits.argmax(1) == label).astype(jnp.float32)
+            each = class_weight * parts["class_loss"] + each
+        metrics = {name: ((part * weight).sum(), weight.sum()) for name, part in parts.items()}
+        return weighted_mean(each, weight), (stats, metrics)
+
+    return loss_fn
+
+
+def one_against_rest(dense: jax.Array, member: jax.Array, weight: jax.Array, *, index: int) -> jax.Array:
+    """Mean binary cross-entropy -(y ln p + (1 - y) ln(1 - p)) of one class of a softmax, over pixels by weight; from logits.
+
+    dense [B, H, W, K]; member, weight [B, H, W]: whether a pixel is of class `index`, 0 or 1, and what it counts. 0 where nothing counts.
+    """
+    whole = jax.nn.logsumexp(dense, axis=-1)
+    others = jax.nn.logsumexp(jnp.concatenate([dense[..., :index], dense[..., index + 1 :]], axis=-1), axis=-1)
+    each = -(member * (dense[..., index] - whole) + (1 - member) * (others - whole))
+    return (each * weight).sum() / jnp.maximum(weight.sum(), 1)
+
+
+def soft_intersection_over_union(
+    probability: jax.Array, member: jax.Array, weight: jax.Array, *, smoothing: float
+) -> jax.Array:
+    """Σyp / (Σy + Σp - Σyp) over all pixels of all images by weight, `smoothing` pixels added above and below; all [B, H, W]."""
+    both = (member * probability * weight).sum()
+    either = ((member + probability) * weight).sum() - both
+    return (both + smoothing) / (either + smoothing)

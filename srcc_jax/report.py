@@ -4,6 +4,7 @@ Nothing on a page is fetched from a network. Pictures are either embedded (bytes
 page (str); the caller, who knows where files are, chooses.
 """
 
+import functools
 import html
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,8 @@ class SlideRow:
     """One slide of a cohort. images: caption -> PNG or JPEG to embed, or the picture's path relative to the page.
 
     tissue: share of the slide's area, 0 to 1. flags: what somebody should look at, one line each. page: the path of the
-    slide's own page, relative to this one; empty for none.
+    slide's own page, relative to this one; empty for none. measures: what was found on it where that is not a probability, by
+    name; the names of the first slide are columns.
     """
 
     slide_id: str
@@ -54,6 +56,7 @@ class SlideRow:
     flags: Sequence[str] = ()
     page: str = ""
     images: Mapping[str, bytes | str] = field(default_factory=dict)
+    measures: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ class Report:
 
     summary: metric -> unit of the bootstrap ("slide", "patient") -> interval.  roc: model -> curve.
     training: curve -> (step [T], value [T]).  warnings: one line each, failed slides with their reasons among them.
+    pictures: caption -> PNG or JPEG to embed, or a path relative to the page.
     notes: sentences under the summary (log-loss clip, iterations and seed of the bootstrap, threshold).
     """
 
@@ -73,6 +77,7 @@ class Report:
     roc: Mapping[str, RocCurve] = field(default_factory=dict)
     comparison: Table | None = None
     slides: Sequence[SlideRow] = ()
+    pictures: Mapping[str, bytes | str] = field(default_factory=dict)
     training: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     configuration: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -85,14 +90,14 @@ class TileRow:
     picture: bytes | str
     x: float
     y: float
-    probability: float
+    value: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlidePage:
     """What the page of one slide shows. images: caption -> large pictures; tiles: the most suspicious ones, best first.
 
-    tile_level0: side of a tile in level-0 px. facts: name -> value, as they should read.
+    unit: what the tiles' values are. tile_level0: side of a tile in level-0 px. facts: name -> value, as they should read.
     """
 
     slide_id: str
@@ -100,6 +105,7 @@ class SlidePage:
     flags: Sequence[str] = ()
     images: Mapping[str, bytes | str] = field(default_factory=dict)
     tiles: Sequence[TileRow] = ()
+    unit: str = "probability"
     tile_level0: float = 0.0
     facts: Mapping[str, object] = field(default_factory=dict)
 
@@ -114,6 +120,7 @@ def render(report: Report) -> str:
         Section("Receiver operating characteristic", roc_plot(report.roc) if report.roc else ""),
         Section("Beside the paper", table_html(report.comparison) if report.comparison else ""),
         Section("Slides", _slides(report.slides)),
+        Section("Pictures", _pictures(report.pictures)),
         Section("Training", training_plot(report.training) if report.training else ""),
         Section("Configuration", pairs_html(report.configuration)),
         Section("Versions", pairs_html(report.versions)),
@@ -123,14 +130,19 @@ def render(report: Report) -> str:
 
 def render_slide(page: SlidePage) -> str:
     """The page of one slide."""
-    maps = "".join(picture_html(caption, image) for caption, image in page.images.items())
     sections = (
         Section("To look at", bullets_html(page.flags), kind="warnings"),
-        Section("Maps", f'<div class="maps">{maps}</div>' if maps else ""),
+        Section("Maps", _pictures(page.images)),
         Section("Highest tiles", _tiles(page)),
         Section("Slide", pairs_html(page.facts)),
     )
     return frame(page.slide_id, page.subtitle, sections)
+
+
+def _pictures(images: Mapping[str, bytes | str]) -> str:
+    """Large, one beside the other; empty for none."""
+    figures = "".join(picture_html(caption, image) for caption, image in images.items())
+    return f'<div class="maps">{figures}</div>' if figures else ""
 
 
 def comparison_table(
@@ -187,7 +199,9 @@ class _Column:
 def _slides(slides: Sequence[SlideRow]) -> str:
     if not slides:
         return ""
-    shown = [column for column in _COLUMNS if any(map(column.present, slides))]
+    measured = [_Column(name, functools.partial(_measure, name)) for name in slides[0].measures]
+    columns = (*_COLUMNS[:_MEASURES], *measured, *_COLUMNS[_MEASURES:])
+    shown = [column for column in columns if any(map(column.present, slides))]
     heads = "".join(f'<th><button type="button">{column.heading}</button></th>' for column in shown)
     rows = "".join(
         f'<tr class="{"" if slide.status == "done" else "failed"}">{"".join(column.cell(slide) for column in shown)}</tr>'
@@ -205,6 +219,10 @@ def _probability(slide: SlideRow) -> str:
     return f'<td class="number bar" style="--share:{share:.1f}%">{format_cell(probability)}</td>'
 
 
+def _measure(name: str, slide: SlideRow) -> str:
+    return cell_html(slide.measures.get(name))
+
+
 def _status(slide: SlideRow) -> str:
     words = f"{slide.status}: {slide.reason}" if slide.reason else slide.status
     return f'<td class="status">{html.escape(words)}</td>'
@@ -218,7 +236,7 @@ _COLUMNS = (
         lambda slide: slide.patient_id not in ("", slide.slide_id),
     ),
     _Column("label", lambda slide: cell_html(slide.label), lambda slide: bool(slide.label)),
-    _Column("probability", _probability),
+    _Column("probability", _probability, lambda slide: slide.probability is not None or not slide.measures),
     _Column(
         "tissue",
         lambda slide: cell_html(None if slide.tissue is None else f"{slide.tissue:.1%}"),
@@ -234,16 +252,18 @@ _COLUMNS = (
     _Column("pictures", lambda slide: f"<td>{pictures_html(slide.images)}</td>", lambda slide: bool(slide.images)),
 )
 
+_MEASURES = next(n for n, column in enumerate(_COLUMNS) if column.heading == "tissue")  # before which they stand
+
 
 def _tiles(page: SlidePage) -> str:
     if not page.tiles:
         return ""
     figures = "".join(
-        picture_html(f"{rank}. {tile.probability:.4f} at ({tile.x:.0f}, {tile.y:.0f})", tile.picture)
+        picture_html(f"{rank}. {tile.value:.4f} at ({tile.x:.0f}, {tile.y:.0f})", tile.picture)
         for rank, tile in enumerate(page.tiles, 1)
     )
     where = (
-        f"Probability and top-left corner (x, y) in level-0 pixels, of which a tile is {page.tile_level0:.0f} wide. "
+        f"{page.unit.capitalize()} and top-left corner (x, y) in level-0 pixels, of which a tile is {page.tile_level0:.0f} wide. "
         "Tiles that overlap a higher one are left out."
     )
     return f'<p>{where}</p><div class="tiles">{figures}</div>'

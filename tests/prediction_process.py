@@ -1,20 +1,29 @@
 """Programs over a cohort in processes of their own that a test may kill, started without importing everything each time."""
 
 import contextlib
+import csv
 import importlib
 import multiprocessing
 import os
 import pathlib
 import sys
+import time
 
 from absl import flags
 
+from experiments.run.journal import Journal
+from experiments.run.slide_result import TIMES
+
+PATIENCE_SECONDS = 300.0
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
+        "experiments.run.cells.prediction",
         "experiments.run.cohort_program",
-        "experiments.run.cohort_report",
+        "experiments.run.distillation.prediction",
         "experiments.run.feature_outputs",
+        "experiments.run.screening.prediction",
+        "experiments.run.slide_classifier",
         "tests.prediction_process",
     ]
 )
@@ -37,3 +46,26 @@ def _run(log: str, line: list[str]) -> None:
         status = guarded(module.main)
     sys.stdout.flush()
     os._exit(status)
+
+
+def results_of(out):
+    """Everything that a run leaves and that is no time of a clock: path -> bytes, and the rows."""
+    files = {str(p.relative_to(out)): p.read_bytes() for p in sorted((out / "slides").rglob("*")) if p.is_file()}
+    with open(out / "slides.csv", newline="", encoding="utf-8") as file:
+        rows = [{name: cell for name, cell in row.items() if name not in TIMES} for row in csv.DictReader(file)]
+    return files, rows
+
+
+def wait_for_changes(out, count, process):
+    """Waits until the state of the cohort was seen to change `count` times, or the process ended."""
+    seen, deadline = None, time.monotonic() + PATIENCE_SECONDS
+    while count >= 0 and process.is_alive() and time.monotonic() < deadline:
+        found = {(str(path), path.stat().st_mtime_ns) for path in out.glob("state/*/[!.]*")}
+        count -= seen != found
+        seen = found
+        time.sleep(0.001)
+
+
+def half_done(out):
+    journals = [Journal.load(path) for path in out.glob("state/*/scores.npz")]
+    return sum(0 < journal.seen.sum() < len(journal.seen) for journal in journals)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from srcc_jax.kernels.anomaly_maps import anomaly_map, cosine_similarity, gaussian_filter
+from srcc_jax.kernels.anomaly_maps import anomaly_map, cosine_similarity, dihedral_mean, gaussian_filter
 
 smooth = jax.jit(gaussian_filter, static_argnames="sigma")
 
@@ -71,3 +71,12 @@ def test_gaussian_of_an_impulse():
     assert ours[32, 32] == pytest.approx(0.00994789, rel=1e-5)
     assert ours.sum() == pytest.approx(1, rel=1e-5)
     assert np.flatnonzero(ours[32]).tolist() == list(range(16, 49))
+
+
+def test_the_mean_over_orientations_sees_each_corner_once_in_each_place():
+    image = normal(3, 2, 5, 5, 3)
+    weight = normal(4, 5, 5)
+    found = dihedral_mean(lambda picture: (picture[..., 0] * weight[None]).sum((1, 2)), jnp.asarray(image))
+    turned = [np.rot90(weight, quarter) for quarter in range(4)]
+    average = np.mean([*turned, *(one[:, ::-1] for one in turned)], axis=0)
+    np.testing.assert_allclose(found, (image[..., 0] * average).sum((1, 2)), rtol=1e-5, atol=1e-5)

@@ -85,6 +85,8 @@ def test_flags_named_in_the_docs_exist():
         "slide_classification",
         "import_weights",
         "export_model",
+        "gastric_screening",
+        "propose_annotations",
     )
     for module in programs_named:
         with programs.imported(module):

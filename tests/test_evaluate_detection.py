@@ -107,3 +107,38 @@ def test_detections_without_scores_are_refused(evaluating, small):
     assert "have no score" in one_line(evaluate(evaluating, small, detections=small / "found"))
     (small / "found" / "with space.xml").write_text(VOC.format("<confidence>0.5</confidence>", 12, 12, 50, 50))
     assert evaluate(evaluating, small, detections=small / "found").status == 0
+
+
+def test_folds_as_the_paper_averages_them(evaluating, tmp_path):
+    """Six slides of two images each; every other cell is found, on the last slide both, by three programs' files together."""
+    truth, lines = tmp_path / "truth", {number: ["image,x1,y1,x2,y2,score"] for number in range(3)}
+    truth.mkdir()
+    for number in range(12):
+        name = f"s{number // 2}-lv0-{number}"
+        item = "<object>" + BOX.format(10, 10, 50, 50) + "</object>"
+        (truth / f"{name}.xml").write_text(
+            f"<annotation>{item}<object>{BOX.format(60, 60, 90, 90)}</object></annotation>"
+        )
+        lines[number % 3].append(f"{name},10,10,50,50,0.8")
+        if number >= 10:
+            lines[number % 3].append(f"{name},60,60,90,90,0.7")
+    for number, table in lines.items():
+        (tmp_path / f"{number}.csv").write_text("\n".join(table))
+    given = {
+        "truth": truth,
+        "detections": ",".join(str(tmp_path / f"{n}.csv") for n in range(3)),
+        "out": tmp_path / "out",
+    }
+    for mode in ("easy", "hard"):
+        outcome = programs.start(evaluating, folds=3, fold_mode=mode, **given)
+        assert outcome.status == 0, outcome.err
+        folds = json.loads((tmp_path / "out" / "metrics.json").read_text())["folds"]
+        values = sorted(fold["instance recall"] for fold in folds["folds"])
+        assert len(values) == 3 and folds["mean"]["instance recall"] == pytest.approx(7 / 12)
+        if mode == "hard":
+            assert values == pytest.approx([0.5, 0.5, 0.75])  # the last slide is whole in one of them
+        assert f"mean of 3 folds ({mode}) 0.5833" in outcome.out
+    assert "--folds=1 divides nothing" in one_line(programs.start(evaluating, folds=1, **given))
+    assert "12 folds of 12 images from 6" in one_line(programs.start(evaluating, folds=12, **given))
+    twice = {**given, "detections": f"{tmp_path / '0.csv'},{tmp_path / '0.csv'}"}
+    assert "give each image's once" in one_line(programs.start(evaluating, **twice))

@@ -306,8 +306,8 @@ def test_a_slide_that_another_process_took_over_and_finished_is_let_go(root, tmp
     assert not place.scores.exists()
     task.rows(place, len(prepared.tiles)).remove()
     rows = np.concatenate(prepared.tiles.blocks(8))
-    unknown, features = np.full(len(rows), np.nan, np.float32), np.ones((len(rows), 4), np.float32)
-    assert collector.add(Scored(rows, unknown, None, (), features=features)) == len(rows) and collector.complete
+    features = np.ones((len(rows), 4), np.float32)
+    assert collector.add(Scored(rows, {"features": features})) == len(rows) and collector.complete
     collector.save(collector.journal({}), place)
     assert not list(place.folder.iterdir())
     prepared.slide.close()

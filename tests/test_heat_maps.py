@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from srcc_jax.kernels.heat_maps import TileMapAverage, paint_probabilities
+from srcc_jax.kernels.heat_maps import HeatMap, TileMapAverage, paint_tiles, smoothed
 
 SCALE = {"tile": 224, "stride": 112, "mpp": 1.0, "slide_mpp": 0.25}  # 1 px of the model is 4 level-0 px
 
 
 def test_blocky_map_of_four_tiles_keeps_the_slide_score():
     x, y = np.array([0, 2, 0, 2]), np.array([0, 0, 2, 2])
-    heat = paint_probabilities(np.array([0.1, 0.7, 0.3, 0.2]), x, y, tile=2, stride=2, mpp=1.0, slide_mpp=1.0)
+    heat = paint_tiles(np.array([0.1, 0.7, 0.3, 0.2]), x, y, tile=2, stride=2, mpp=1.0, slide_mpp=1.0)
     squares = np.kron(heat.values, np.ones((2, 2)))  # in px
     expected = [[0.1, 0.1, 0.7, 0.7], [0.1, 0.1, 0.7, 0.7], [0.3, 0.3, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2]]
     np.testing.assert_allclose(squares, expected, rtol=1e-6)
@@ -19,7 +19,7 @@ def test_blocky_map_of_four_tiles_keeps_the_slide_score():
 
 def test_scale_and_origin_put_each_square_in_the_middle_of_its_tile():
     x, y, probability = np.array([1000.0, 1448.0, 2344.0]), np.array([500.0, 948.0, 500.0]), np.array([0.1, 0.2, 0.3])
-    heat = paint_probabilities(probability, x, y, **SCALE)
+    heat = paint_tiles(probability, x, y, **SCALE)
     assert (heat.downsample, heat.mpp) == (448, 112)
     for k in range(3):
         centre = (x[k] + 224 * 4 / 2, y[k] + 224 * 4 / 2)
@@ -32,13 +32,13 @@ def test_scale_and_origin_put_each_square_in_the_middle_of_its_tile():
 
 def test_unreadable_tiles_are_missing_not_zero():
     x = np.array([0.0, 448.0, 1344.0])
-    heat = paint_probabilities(np.array([0.5, np.nan, 0.25]), x, np.zeros(3), **SCALE)
+    heat = paint_tiles(np.array([0.5, np.nan, 0.25]), x, np.zeros(3), **SCALE)
     np.testing.assert_array_equal(heat.values, np.array([[0.5, np.nan, np.nan, 0.25]], np.float32))
     np.testing.assert_array_equal(heat.missing, [[False, True, False, False]])
 
 
 def test_flush_last_tile_on_an_occupied_cell_shows_the_higher():
-    heat = paint_probabilities(np.array([0.2, 0.9]), np.array([0, 26]), np.zeros(2), **{**SCALE, "slide_mpp": 1.0})
+    heat = paint_tiles(np.array([0.2, 0.9]), np.array([0, 26]), np.zeros(2), **{**SCALE, "slide_mpp": 1.0})
     np.testing.assert_array_equal(heat.values, np.array([[0.9]], np.float32))
 
 
@@ -109,6 +109,21 @@ def test_cells_divide_tile_and_stride_and_are_not_coarser_than_the_maps(tile, st
 
 def test_no_tiles_and_cells_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="without tiles"):
-        paint_probabilities(np.zeros(0), np.zeros(0), np.zeros(0), **SCALE)
+        paint_tiles(np.zeros(0), np.zeros(0), np.zeros(0), **SCALE)
     with pytest.raises(ValueError, match="5 px does not divide a tile of 224 px"):
         TileMapAverage(np.zeros(1), np.zeros(1), size=7, cell=5, **SCALE)
+
+
+def test_smoothing_is_the_weighted_mean_of_the_cells_that_have_a_value():
+    values = np.random.default_rng(0).random((9, 12)).astype(np.float32)
+    values[2:4, 5:7], values[8, 0] = np.nan, np.nan
+    heat = HeatMap(values, np.isnan(values), 16.0, (3.0, 4.0), 8.0)
+    row, column = np.indices(values.shape)
+    wanted = np.full(values.shape, np.nan)
+    for r, c in zip(*np.nonzero(np.isfinite(values))):
+        near = (abs(row - r) <= 6) & (abs(column - c) <= 6)  # four sigmas
+        weight = np.exp(-((row - r) ** 2 + (column - c) ** 2) / (2 * 1.5**2)) * near * np.isfinite(values)
+        wanted[r, c] = np.nansum(weight * values) / weight.sum()
+    found = smoothed(heat, sigma=1.5)
+    np.testing.assert_allclose(found.values, wanted, rtol=1e-6)
+    assert (found.origin, found.downsample) == (heat.origin, heat.downsample) and found.missing is heat.missing

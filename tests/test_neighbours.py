@@ -1,6 +1,7 @@
 """Nearest neighbours against a full sort in float64."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,6 +62,17 @@ def test_near_duplicates_far_from_the_origin_are_told_apart():
     np.testing.assert_array_equal(found.index, full_sort(queries, candidates, 3, "l2")[0])
 
 
+def test_what_single_precision_hides_is_found_all_the_same():
+    """Two clusters 20,000 apart, so that the centre is far from both: a product is off by far more than neighbours differ."""
+    rng = np.random.default_rng(5)
+    side = np.where(np.arange(1500) % 2, 1e4, -1e4)[:, None].astype(np.float32)
+    candidates = side + rng.standard_normal((1500, 16)).astype(np.float32)
+    queries = candidates[:4] + np.float32(0.01)
+    for metric in ("l2", "cosine"):
+        found = nearest(queries, candidates, k=6, metric=metric, chunk=512)
+        np.testing.assert_array_equal(found.index, full_sort(queries, candidates, 6, metric)[0])
+
+
 def test_devices_do_not_change_the_result():
     rng = np.random.default_rng(2)
     queries, candidates = rng.standard_normal((6, 8), np.float32), rng.standard_normal((900, 8)).astype(np.float16)
@@ -91,9 +103,10 @@ def test_memory_maps_are_read_by_chunks(tmp_path):
 
 def test_top_k_by_blocks_keeps_the_order_of_equals():
     rng = np.random.default_rng(4)
-    scores = rng.integers(0, 12, (50, 40 * BLOCK)).astype(np.float32)
+    scores, shift = (jnp.asarray(rng.integers(0, 12, shape), jnp.float32) for shape in ((50, 40 * BLOCK), 40 * BLOCK))
     for k in (1, 7, 39, 40, 64):
-        for ours, theirs in zip(top_k_by_blocks(scores, k), jax.lax.top_k(scores, k)):
+        found = top_k_by_blocks(lambda score, shift: score + shift, scores, shift, k)
+        for ours, theirs in zip(found, jax.lax.top_k(scores + shift[None], k)):
             np.testing.assert_array_equal(ours, theirs)
 
 

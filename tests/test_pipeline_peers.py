@@ -9,8 +9,15 @@ import openslide
 import pytest
 
 from data_pipelines.tiles import Grid, tile_slide
-from experiments.run import pipeline_torch
-from experiments.run.pipeline_peers import Measured, check_same_tiles, fastest, hand_over, run_process, tuned_peers
+from experiments.run.benchmarks import pipeline_torch
+from experiments.run.benchmarks.pipeline_peers import (
+    Measured,
+    check_same_tiles,
+    fastest,
+    hand_over,
+    run_process,
+    tuned_peers,
+)
 from experiments.run.program import UsageError
 
 GRID = Grid(tile=32, stride=16, mpp=1.0)

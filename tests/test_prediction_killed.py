@@ -1,6 +1,5 @@
 """Killed anywhere and any number of times, or divided among processes that die: the same bytes as one run that nobody touched."""
 
-import csv
 import signal
 import time
 
@@ -8,14 +7,12 @@ import numpy as np
 import pytest
 
 from data_pipelines.tiles import Grid
-from experiments.run.journal import Journal
-from experiments.run.slide_result import TIMES
 from tests import prediction_process, programs
+from tests.prediction_process import PATIENCE_SECONDS, half_done, results_of, wait_for_changes
 from tests.programs import tissue
 from tests.tiff_files import overwrite, tile_bytes, write_tiff
 
 KILLS = 10
-PATIENCE_SECONDS = 300.0
 
 
 @pytest.fixture(scope="module")
@@ -52,29 +49,6 @@ def undisturbed(root, start):
     process.join(PATIENCE_SECONDS)
     assert process.exitcode == 1, (root / "whole.log").read_text()  # one slide is broken, one has a damaged tile
     return results_of(root / "whole")
-
-
-def results_of(out):
-    """Everything that a run leaves and that is no time of a clock: path -> bytes, and the rows."""
-    files = {str(p.relative_to(out)): p.read_bytes() for p in sorted((out / "slides").rglob("*")) if p.is_file()}
-    with open(out / "slides.csv", newline="", encoding="utf-8") as file:
-        rows = [{name: cell for name, cell in row.items() if name not in TIMES} for row in csv.DictReader(file)]
-    return files, rows
-
-
-def wait_for_changes(out, count, process):
-    """Waits until the state of the cohort was seen to change `count` times, or the process ended."""
-    seen, deadline = None, time.monotonic() + PATIENCE_SECONDS
-    while count >= 0 and process.is_alive() and time.monotonic() < deadline:
-        found = {(str(path), path.stat().st_mtime_ns) for path in out.glob("state/*/[!.]*")}
-        count -= seen != found
-        seen = found
-        time.sleep(0.001)
-
-
-def half_done(out):
-    journals = [Journal.load(path) for path in out.glob("state/*/scores.npz")]
-    return sum(0 < journal.seen.sum() < len(journal.seen) for journal in journals)
 
 
 def test_killed_ten_times_it_ends_with_the_same_bytes(root, start, undisturbed):

@@ -129,7 +129,7 @@ def test_text_from_outside_cannot_become_markup():
     )  # fmt: skip
     slide = report.SlidePage(
         slide_id=attack, subtitle=attack, flags=[attack], images={attack: attack}, facts={attack: attack},
-        tiles=[report.TileRow(picture=attack, x=0, y=0, probability=1)],
+        tiles=[report.TileRow(picture=attack, x=0, y=0, value=1)],
     )  # fmt: skip
     for text in (report.render(page), report.render_slide(slide)):
         assert [tag for tag, _ in Page(text).elements].count("script") == 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.scan import ScanBatch
-from experiments.run.scoring import TileScorer, probability
+from experiments.run.scoring import classifier_scorer, probability
 from srcc_jax.kernels.top_k import select_top_k
 from srcc_jax.models.architecture import normalize
 from srcc_jax.models.zoo import architecture, build, init
@@ -53,7 +53,7 @@ def batches():
 @pytest.fixture(scope="module")
 def scorers():
     meshes = {"one": make_mesh(jax.devices()[:1]), "four": make_mesh()}
-    return {name: TileScorer(TINY, tile=TILE, mesh=mesh, cam=True) for name, mesh in meshes.items()}
+    return {name: classifier_scorer(TINY, tile=TILE, mesh=mesh, cam=True) for name, mesh in meshes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_grad_cam_is_its_closed_form(scorers, variables, batches, plain):
     scorer = scorers["four"]
     largest = 0.0
     for scored in scorer.score(scorer.fold(variables), batches):
-        for row, cam in zip(scored.row, scored.cam):
+        for row, cam in zip(scored.row, scored.outputs["cam"]):
             maps = plain[int(row)][1]
             wanted = np.maximum(maps @ weights, 0) / (maps.shape[0] * maps.shape[1])
             np.testing.assert_allclose(cam, wanted, rtol=1e-4, atol=1e-4 * np.abs(maps).max())
@@ -139,5 +139,7 @@ def test_a_tile_gives_the_same_bits_whatever_shares_its_batch(scorers, variables
         window[: len(order)], row[: len(order)] = batch.window[order], batch.row[order]
         (scored,) = scorer.score(folded, [ScanBatch(batch.image, window, row, len(order), ())])
         for place, tile in enumerate(scored.row):
-            found.setdefault(int(tile), []).append(scored.logit[place].tobytes() + scored.cam[place].tobytes())
+            found.setdefault(int(tile), []).append(
+                b"".join(values[place].tobytes() for values in scored.outputs.values())
+            )
     assert len(found) == 6 and all(len(values) > 2 and len(set(values)) == 1 for values in found.values())

@@ -56,7 +56,7 @@ def test_pictures_of_the_top_tiles_are_the_tiles_that_were_scored(prepared, tmp_
     assert top == top_tiles(prepared, values)
     assert [tile.file for tile in top] == [f"top_tiles/{n}.png" for n in range(1, len(top) + 1)]
     rows = [int(np.flatnonzero((tiles.x == tile.x) & (tiles.y == tile.y))[0]) for tile in top]
-    assert rows[0] == len(tiles) - 3 and [values[row] for row in rows] == [tile.probability for tile in top]
+    assert rows[0] == len(tiles) - 3 and [values[row] for row in rows] == [tile.value for tile in top]
     for tile in top:
         with Image.open(tmp_path / tile.file) as image:
             np.testing.assert_array_equal(np.asarray(image), prepared.slide.read(tile.x, tile.y, 32, 32, 1.0))
@@ -91,7 +91,7 @@ def test_page_has_maps_tiles_flags_and_facts_and_needs_no_other_file(prepared, t
     for words in [
         f"a probability {np.nanmax(values):.4f} To look at",
         f"little tissue: 0.037 mm² not readable: 2 of {len(values)} tiles",
-        f"1. {top[0].probability:.4f} at ({top[0].x:.0f}, {top[0].y:.0f})",
+        f"1. {top[0].value:.4f} at ({top[0].x:.0f}, {top[0].y:.0f})",
         "of which a tile is 64 wide",
         "0.5 µm per pixel, from the file reader tifffile",
     ]:

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines.scan import ScanBatch
 from experiments.run.model import Network, save
-from experiments.run.scoring import TileScorer
+from experiments.run.scoring import classifier_scorer
 from srcc_jax.losses import binary_cross_entropy
 from srcc_jax.models import zoo
 from srcc_jax.models.architecture import normalize
@@ -118,14 +118,14 @@ def test_a_backbone_that_folds_in_part_is_scored_as_it_is():
     variables = small_networks.variables(net)
     image = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), np.uint8)
     window = np.asarray([[0, 0, 0], [1, 8, 5], [0, 3, 8], [1, 0, 1]], np.int32)
-    scorer = TileScorer(net, tile=32, mesh=make_mesh(jax.devices()[:1]), cam=True)
+    scorer = classifier_scorer(net, tile=32, mesh=make_mesh(jax.devices()[:1]), cam=True)
     batch = ScanBatch(image, window, np.arange(4, dtype=np.int32), 4, ())
     (scored,) = scorer.score(scorer.fold(variables), [batch])
     tiles = np.stack([image[region, top : top + 32, left : left + 32] for region, top, left in window])
     plain = jax.jit(lambda tiles: zoo.build(net).apply(variables, normalize(tiles, net), train=False))(tiles)
-    np.testing.assert_allclose(scored.logit, plain["logits"][:, 0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(scored.outputs["logit"], plain["logits"][:, 0], rtol=1e-4, atol=1e-4)
     wanted = (
         np.maximum(plain["maps"] @ variables["params"]["classifier"]["kernel"][:, 0], 0)
         / plain["maps"][0, :, :, 0].size
     )
-    np.testing.assert_allclose(scored.cam, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(scored.outputs["cam"], wanted, rtol=1e-4, atol=1e-4)

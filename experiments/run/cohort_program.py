@@ -148,7 +148,7 @@ def _work(
             stop_on_error=given.on_error.value == "stop",
             claims=claims,
         )
-        table = cohort_summary.ProgressTable(out, records if alone else ())
+        table = cohort_summary.ProgressTable(out, records if alone else (), task.measures)
         told = functools.partial(print, flush=True)  # at once: who reads the log of a killed run wants to know
         prediction = Prediction(records, task, operation, out, told=told, noted=table)
         return prediction.run(scorer, variables), prediction.worked

@@ -13,7 +13,7 @@ from data_pipelines.cohort import SlideRecord
 from data_pipelines.exports import write_table
 from experiments.run.program import UsageError
 from experiments.run.scoring import TileScorer
-from experiments.run.slide_result import STAGES, SlideResult
+from experiments.run.slide_result import PROBABILITY, STAGES, SlideResult
 from experiments.run.slide_state import Place, SlideState
 from experiments.run.task import Task
 
@@ -29,10 +29,15 @@ def shard_of(records: Sequence[SlideRecord], shard: str) -> Sequence[SlideRecord
     return records[part - 1 :: parts]
 
 
-def write_slides(out: pathlib.Path, results: Sequence[SlideResult]) -> None:
-    """slides.csv: a row a slide."""
-    names = [field.name for field in dataclasses.fields(SlideResult)]
-    write_table(out / "slides.csv", {name: [getattr(row, name) for row in results] for name in names})
+def write_slides(out: pathlib.Path, results: Sequence[SlideResult], measures: Sequence[str]) -> None:
+    """slides.csv: a row a slide. measures: those of the task, whose columns stand where that of the probability stands."""
+    columns: dict[str, list[Any]] = {}
+    for field in dataclasses.fields(SlideResult):
+        if field.name == PROBABILITY:
+            columns |= {name: [row.measure(name) for row in results] for name in measures}
+        elif field.name != "measures":
+            columns[field.name] = [getattr(row, field.name) for row in results]
+    write_table(out / "slides.csv", columns)
 
 
 def stored_results(out: pathlib.Path, records: Sequence[SlideRecord], task: Task) -> list[SlideResult]:
@@ -52,13 +57,14 @@ def stored_results(out: pathlib.Path, records: Sequence[SlideRecord], task: Task
 class ProgressTable:
     """slides.csv while the cohort is under way: written every few seconds, with those of `records` that have come so far."""
 
-    def __init__(self, out: pathlib.Path, records: Sequence[SlideRecord]):
-        self._out, self._records = out, records
+    def __init__(self, out: pathlib.Path, records: Sequence[SlideRecord], measures: Sequence[str]):
+        self._out, self._records, self._measures = out, records, measures
         self._written = 0.0
 
     def __call__(self, results: Mapping[str, SlideResult]) -> None:
         if self._records and time.monotonic() - self._written >= _EVERY_SECONDS:
-            write_slides(self._out, [results[r.slide_id] for r in self._records if r.slide_id in results])
+            known = [results[record.slide_id] for record in self._records if record.slide_id in results]
+            write_slides(self._out, known, self._measures)
             self._written = time.monotonic()
 
 

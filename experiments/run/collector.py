@@ -15,30 +15,28 @@ import numpy as np
 from data_pipelines.prepare import PreparedSlide
 from data_pipelines.scan import ScanJob
 from data_pipelines.slides import RegionError, Slide, SlideError
-from experiments.run.journal import Journal, SlideScores
+from experiments.run.journal import Journal, SlideProgress
 from experiments.run.scoring import Scored
 from experiments.run.slide_result import STAGES, SlideResult
 from experiments.run.slide_state import Place
 from experiments.run.slides import UNEXPECTED
 
-BLOCK = 8  # windows along a super-tile's side, as ScanShape.of has it
-
 
 class TileCollector(abc.ABC):
     """Gathers the scored tiles of one slide as they come; what is written when the last has come is up to its kind.
 
-    The rows of its tiles in the table that prediction knows begin at first_row. Goes on from `journal`, where there is one.
+    progress: what is known of its tiles. Their rows in the table that prediction knows begin at first_row. Goes on from `journal`,
+    where there is one.
     """
 
-    def __init__(self, prepared: PreparedSlide, *, first_row: int, journal: Journal | None, cam: bool):
-        self.prepared = prepared
-        self.scores = SlideScores(prepared.tiles, slide_mpp=prepared.slide.mpp, block=BLOCK)
+    def __init__(self, prepared: PreparedSlide, progress: SlideProgress, *, first_row: int, journal: Journal | None):
+        self.prepared, self.progress = prepared, progress
         self.seconds = {**dict.fromkeys(STAGES, 0.0), **prepared.seconds}
         if journal is not None:
-            self.scores.resume(journal, cam=cam)
+            progress.resume(journal)
             self.seconds |= {stage: journal.seconds[stage] for stage in ("read", "model")}
         self._first_row = first_row
-        self._remaining = np.flatnonzero(~self.scores.seen)
+        self._remaining = np.flatnonzero(~progress.seen)
         self.rows = first_row + self._remaining
         self._reading = threading.Lock()
         self.traceback = ""  # of the first error that no reader announces
@@ -50,7 +48,7 @@ class TileCollector(abc.ABC):
 
     @property
     def complete(self) -> bool:
-        return self.scores.complete
+        return self.progress.complete
 
     def job(self) -> ScanJob:
         """The scan of the tiles that remain."""
@@ -59,22 +57,22 @@ class TileCollector(abc.ABC):
     def add(self, scored: Scored, between_blocks: Callable[[], object] = lambda: None) -> int:
         """Takes what belongs to this slide out of a batch and returns how many tiles that were. between_blocks: called whenever
         no block is half done."""
-        end = self._first_row + len(self.scores.seen)
+        end = self._first_row + len(self.progress.seen)
         failed = {row - self._first_row: why for row, why in scored.failed if self._first_row <= row < end}
         if failed:
-            self.scores.fail(failed)
+            self.progress.fail(failed)
         mine, rows = self._mine(scored)
         self.seconds["model"] += scored.seconds * len(mine) / max(1, len(scored.row))
-        for block in self.scores.blocks_of(rows):
-            cam = None if scored.cam is None else scored.cam[mine[block]]
-            self.scores.add(rows[block], scored.logit[mine[block]], cam)
-            if self.scores.between_blocks:
+        for block in self.progress.blocks_of(rows):
+            outputs = {name: values[mine[block]] for name, values in scored.outputs.items()}
+            self.progress.add(rows[block], outputs)
+            if self.progress.between_blocks:
                 between_blocks()
         return len(failed) + len(mine)
 
     def journal(self, basis: Mapping[str, Any]) -> Journal:
         """What is known so far, between blocks."""
-        return self.scores.journal(basis, self.seconds)
+        return self.progress.journal(basis, self.seconds)
 
     def save(self, journal: Journal, place: Place) -> None:
         """Writes a journal, in any thread."""
@@ -83,12 +81,20 @@ class TileCollector(abc.ABC):
     def _mine(self, scored: Scored) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the batch of what belongs to this slide, and the rows of these tiles on it."""
         row = scored.row - self._first_row
-        mine = np.flatnonzero((row >= 0) & (row < len(self.scores.seen)))
+        mine = np.flatnonzero((row >= 0) & (row < len(self.progress.seen)))
         return mine, row[mine]
 
-    def _row(self, *, done: bool, probability: float | None, problem: str = "") -> SlideResult:
-        record, slide, reasons = self.prepared.record, self.prepared.slide, self.scores.reasons
-        tiles = len(self.scores.seen)
+    def result(
+        self,
+        *,
+        done: bool,
+        probability: float | None = None,
+        measures: Mapping[str, float | None] | None = None,
+        problem: str = "",
+    ) -> SlideResult:
+        """The slide's row. measures: what else was found on it, of the task's `measures`; problem: what its files lack."""
+        record, slide, reasons = self.prepared.record, self.prepared.slide, self.progress.reasons
+        tiles = len(self.progress.seen)
         parts = [problem] if problem else []
         if reasons:
             parts.append(f"{len(reasons)} of {tiles} tiles could not be read: {reasons[min(reasons)]}")
@@ -103,6 +109,7 @@ class TileCollector(abc.ABC):
             backend=slide.backend,
             tiles=tiles,
             unreadable=len(reasons),
+            measures=measures or {},
         )
 
     @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -31,24 +31,25 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def evaluate(label: np.ndarray, score: np.ndarray, patient: np.ndarray, *, seed: int) -> dict[str, dict[str, Interval]]:
-    """metric -> {"slide", "patient"} -> interval. label int [S] 0 or 1, score float [S] in [0, 1], patient str [S]."""
+def evaluate(
+    label: np.ndarray, score: np.ndarray, patient: np.ndarray, *, seed: int, metrics: Mapping[str, Metric] = METRICS
+) -> dict[str, dict[str, Interval]]:
+    """metric -> {"slide", "patient"} -> interval. label int [S] 0 or 1, score float [S], for METRICS in [0, 1], patient str [S]."""
     units = {"slide": None, "patient": patient}
     return {
         name: {
             unit: bootstrap(metric, label, score, units=groups, iterations=ITERATIONS, seed=seed)
             for unit, groups in units.items()
         }
-        for name, metric in METRICS.items()
+        for name, metric in metrics.items()
     }
 
 
-def notes(seed: int) -> list[str]:
+def notes(seed: int, metrics: Collection[str] = tuple(METRICS)) -> list[str]:
     """How the numbers of `evaluate` were made, for the report."""
-    return [
-        f"Intervals: percentile bootstrap, {ITERATIONS} resamples with replacement, seed {seed}.",
-        f"Log loss: natural logarithm, probabilities clipped at {LOG_LOSS_CLIP:.3g}.",
-    ]
+    intervals = f"Intervals: percentile bootstrap, {ITERATIONS} resamples with replacement, seed {seed}."
+    clip = f"Log loss: natural logarithm, probabilities clipped at {LOG_LOSS_CLIP:.3g}."
+    return [intervals, clip] if "log loss" in metrics else [intervals]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,13 @@ class Merit:
 
 
 def measure(
-    records: Sequence[SlideRecord], scores: Sequence[float | None], *, positive: str, name: str, seed: int
+    records: Sequence[SlideRecord],
+    scores: Sequence[float | None],
+    *,
+    positive: str,
+    name: str,
+    seed: int,
+    metrics: Mapping[str, Metric] = METRICS,
 ) -> Merit:
     """Metrics of the model `name` over the slides that have a score; where labels or a class are missing, why there are none."""
     known = [(record, score) for record, score in zip(records, scores) if score is not None]
@@ -73,5 +80,5 @@ def measure(
     except CohortError as error:
         return Merit({}, {}, [f"No metrics: {error}."])
     label, score = cohort.labels(positive), np.asarray([score for _, score in known])
-    summary = evaluate(label, score, np.asarray([record.patient_id for record in cohort]), seed=seed)
-    return Merit(summary, {name: roc_curve(label, score)}, notes(seed))
+    summary = evaluate(label, score, np.asarray([record.patient_id for record in cohort]), seed=seed, metrics=metrics)
+    return Merit(summary, {name: roc_curve(label, score)}, notes(seed, metrics))

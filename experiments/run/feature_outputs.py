@@ -24,10 +24,10 @@ from data_pipelines.files import remove_unfinished
 from data_pipelines.prepare import PreparedSlide
 from data_pipelines.row_files import RowFile
 from experiments.run.collector import TileCollector
-from experiments.run.journal import Journal
+from experiments.run.journal import Journal, SlideScores
 from experiments.run.program import UsageError
 from experiments.run.scoring import Scored, probability
-from experiments.run.slide_result import SlideResult
+from experiments.run.slide_result import PROBABILITY, SlideResult
 from experiments.run.slide_state import Place, TileSettings
 from experiments.run.task import Begun
 
@@ -41,6 +41,7 @@ class FeatureSettings(TileSettings):
     """What features rest on. pooling: of `srcc_jax.models.features`; encoder: what the files call the network; scores: whether
     the probability goes with them."""
 
+    files_alone = ("layout", "encoder")
     pooling: str
     dtype: str
     layout: str
@@ -61,9 +62,13 @@ class FeatureTask:
     network: str
     width: int
     doing, done = "extracting", "extracted"
+    measures = (PROBABILITY,)
+
+    def prepare(self, record: SlideRecord) -> PreparedSlide:
+        return self.settings.prepare(record)
 
     def fits(self, journal: Journal, place: Place, basis: Mapping[str, Any], tiles: int) -> bool:
-        return journal.fits(basis, tiles, cam=False) and self.rows(place, tiles).exists
+        return journal.fits(basis, tiles) and self.rows(place, tiles).exists
 
     def collector(self, begun: Begun, first_row: int) -> FeatureCollector:
         return FeatureCollector(self, begun, first_row)
@@ -113,7 +118,9 @@ class FeatureCollector(TileCollector):
     is asked before `finish`."""
 
     def __init__(self, task: FeatureTask, begun: Begun, first_row: int):
-        super().__init__(begun.prepared, first_row=first_row, journal=begun.journal, cam=False)
+        prepared, block = begun.prepared, task.settings.shape.block
+        self._scores = SlideScores(prepared.tiles, slide_mpp=prepared.slide.mpp, block=block, maps=None)
+        super().__init__(prepared, self._scores, first_row=first_row, journal=begun.journal)
         self._task = task
         self._rows = task.rows(begun.place, len(begun.prepared.tiles))
         if begun.journal is None:
@@ -124,7 +131,7 @@ class FeatureCollector(TileCollector):
         mine, rows = self._mine(scored)
         if len(mine):
             with contextlib.suppress(FileNotFoundError):
-                self._rows.write(rows, self._stored(scored.features[mine]))  # type: ignore[index]
+                self._rows.write(rows, self._stored(scored.outputs["features"][mine]))
         return super().add(scored, between_blocks)
 
     def save(self, journal: Journal, place: Place) -> None:
@@ -136,7 +143,7 @@ class FeatureCollector(TileCollector):
         """What was kept for going on is removed: the features are in the files, and fresh ones need the network."""
         slide = self._task.about(self.prepared)
         readable = np.ones(self._rows.rows, bool)
-        readable[list(self.scores.reasons)] = False
+        readable[list(self._scores.reasons)] = False
         files = self._task.files(slide)
         for file in files:
             remove_unfinished(file)
@@ -151,8 +158,8 @@ class FeatureCollector(TileCollector):
         self.prepared.slide.close()
         place.scores.unlink(missing_ok=True)
         self._rows.remove()
-        highest = float(probability(self.scores.logit[readable]).max()) if self._task.settings.scores else None
-        return self._row(done=bool(readable.any()), probability=highest if readable.any() else None)
+        highest = float(probability(self._scores.values[readable]).max()) if self._task.settings.scores else None
+        return self.result(done=bool(readable.any()), probability=highest if readable.any() else None)
 
     def _stored(self, features: np.ndarray) -> np.ndarray:
         """float32 [n, D] -> the type of the files. Raises UsageError where that cannot hold them."""
@@ -177,5 +184,5 @@ class FeatureCollector(TileCollector):
                 "features": self._rows.read(first, min(first + CHUNK_ROWS, len(tiles)))[chosen],
             }
             if self._task.settings.scores:
-                columns[SCORE] = probability(self.scores.logit[rows])
+                columns[SCORE] = probability(self._scores.values[rows])
             yield columns

@@ -6,6 +6,7 @@ pixels may differ where it is resampled.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import pathlib
@@ -19,71 +20,58 @@ from data_pipelines.files import atomic_write
 from data_pipelines.tiles import Tiles
 from srcc_jax.kernels.heat_maps import HeatMap, TileMapAverage
 
+_KEPT = "kept."  # how the names of arrays begin that the kind of work keeps
+
 
 @dataclasses.dataclass(frozen=True)
 class Journal:
-    """seen bool [N]: the tiles that are settled; logit float32 [N], NaN where none; reasons: row -> why it could not be read;
-    cam_side: side of the tiles' Grad-CAM maps, cam_sum float32 [H, W] and cam_times int32 [N] their sums (`TileMapAverage.sums`),
-    or 0 and empty; basis: what all this rests on; seconds: what each stage took so far."""
+    """seen bool [N]: the tiles that are settled; reasons: row -> why it could not be read; kept: name -> array, what else the kind
+    of work knows of them; basis: what all this rests on; seconds: what each stage took so far."""
 
     basis: Mapping[str, Any]
     seen: np.ndarray
-    logit: np.ndarray
     reasons: Mapping[int, str]
-    cam_side: int
-    cam_sum: np.ndarray
-    cam_times: np.ndarray
+    kept: Mapping[str, np.ndarray]
     seconds: Mapping[str, float]
 
     def save(self, path: pathlib.Path) -> None:
         """Writes .npz, whole or not at all."""
-        header = {"basis": self.basis, "reasons": self.reasons, "seconds": self.seconds, "cam_side": self.cam_side}
-        arrays = {name: getattr(self, name) for name in ("seen", "logit", "cam_sum", "cam_times")}
+        header = {"basis": self.basis, "reasons": self.reasons, "seconds": self.seconds}
+        kept: dict[str, Any] = {_KEPT + name: array for name, array in self.kept.items()}
         with atomic_write(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, header=np.str_(json.dumps(header)), **arrays)
+            np.savez_compressed(file, header=np.str_(json.dumps(header)), seen=self.seen, **kept)
 
     @classmethod
     def load(cls, path: pathlib.Path) -> Journal | None:
         """What `save` wrote; None where there is nothing, or nothing that can be read: the slide is then begun anew."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                header = json.loads(str(file["header"]))
-                arrays = {name: file[name] for name in ("seen", "logit", "cam_sum", "cam_times")}
+                header, seen = json.loads(str(file["header"])), file["seen"]
+                kept = {name.removeprefix(_KEPT): file[name] for name in file.files if name.startswith(_KEPT)}
             reasons = {int(row): reason for row, reason in header["reasons"].items()}
-            return cls(
-                header["basis"], reasons=reasons, cam_side=header["cam_side"], seconds=header["seconds"], **arrays
-            )
+            return cls(header["basis"], seen, reasons, kept, header["seconds"])
         except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
-    def fits(self, basis: Mapping[str, Any], tiles: int, *, cam: bool) -> bool:
+    def fits(self, basis: Mapping[str, Any], tiles: int) -> bool:
         """Whether a slide of so many tiles, on this basis, can go on from here."""
-        has_cam = self.cam_side > 0 or not np.isfinite(self.logit).any()
-        return dict(self.basis) == dict(basis) and len(self.seen) == tiles and (has_cam or not cam)
+        return dict(self.basis) == dict(basis) and len(self.seen) == tiles
 
 
-class SlideScores:
-    """Logits and the mean Grad-CAM of one slide, as its tiles come: block by block, in the order of `tiles.blocks(block)`."""
+class SlideProgress(abc.ABC):
+    """Which tiles of one slide are settled, block by block in the order of `tiles.blocks(block)`. What is kept of them is up to
+    its kind, which implements the three methods at the end."""
 
-    def __init__(self, tiles: Tiles, *, slide_mpp: float, block: int):
+    def __init__(self, tiles: Tiles, *, block: int):
         blocks = tiles.blocks(block)
         self.tiles = tiles
-        self.logit = np.full(len(tiles), np.nan, np.float32)
         self.seen = np.zeros(len(tiles), bool)
         self.reasons: dict[int, str] = {}
-        self.scale: dict[str, Any] = {
-            "tile": tiles.grid.tile,
-            "stride": tiles.grid.stride,
-            "mpp": tiles.grid.mpp,
-            "slide_mpp": slide_mpp,
-        }
         self._block = np.empty(len(tiles), np.int64)
         for number, rows in enumerate(blocks):
             self._block[rows] = number
         self._left = np.asarray([len(rows) for rows in blocks])
-        self._begun = np.zeros(len(blocks), bool)  # a window of it was scored: its Grad-CAM is in the sums
-        self._cam_side = 0
-        self._cam: TileMapAverage | None = None
+        self._begun = np.zeros(len(blocks), bool)  # a window of it was scored: sums over tiles hold a part of it
 
     @property
     def complete(self) -> bool:
@@ -99,11 +87,9 @@ class SlideScores:
         ends = np.flatnonzero(np.diff(self._block[rows])) + 1
         return np.split(np.arange(len(rows)), ends) if len(rows) else []
 
-    def add(self, rows: np.ndarray, logit: np.ndarray, cam: np.ndarray | None) -> None:
-        """Results [n] of tiles of one block; cam [n, h, w] or None."""
-        self.logit[rows] = logit
-        if cam is not None:
-            self._average(cam.shape[-1]).add(rows, cam)
+    def add(self, rows: np.ndarray, outputs: Mapping[str, np.ndarray]) -> None:
+        """The network's outputs, name -> array [n, ...], for tiles of one block."""
+        self.keep(rows, outputs)
         self._begun[self._block[rows]] = True
         self._settle(rows)
 
@@ -112,33 +98,86 @@ class SlideScores:
         self.reasons |= reasons
         self._settle(np.asarray(list(reasons), np.int64))
 
-    def cam_map(self) -> HeatMap | None:
-        """The mean Grad-CAM of the tiles so far; None where there is none."""
-        return None if self._cam is None else self._cam.result()
-
     def journal(self, basis: Mapping[str, Any], seconds: Mapping[str, float]) -> Journal:
         """A copy of what stands between blocks. ValueError elsewhere."""
         if not self.between_blocks:
             raise ValueError("a block is half done")
         whole = self._left[self._block] == 0
-        total, times = self._cam.sums() if self._cam else (np.zeros((0, 0), np.float32), np.zeros(0, np.int32))
         reasons = {row: reason for row, reason in self.reasons.items() if whole[row]}
-        logit = np.where(whole, self.logit, np.float32(np.nan))
-        return Journal(basis, whole, logit, reasons, self._cam_side, total, times, dict(seconds))
+        return Journal(basis, whole, reasons, self.kept(whole), dict(seconds))
 
-    def resume(self, journal: Journal, *, cam: bool) -> None:
-        """Goes on from a journal of the same tiles that `fits`. Only on scores to which nothing was added."""
-        self.logit, self.reasons = journal.logit.copy(), dict(journal.reasons)
-        if cam and journal.cam_side:
-            self._average(journal.cam_side).restore(journal.cam_sum, journal.cam_times)
+    def resume(self, journal: Journal) -> None:
+        """Goes on from a journal of the same tiles that fits. Only where nothing was added."""
+        self.reasons = dict(journal.reasons)
+        self.restore(journal.kept)
         self._settle(np.flatnonzero(journal.seen))
 
     def _settle(self, rows: np.ndarray) -> None:
         np.subtract.at(self._left, self._block[rows], 1)
         self.seen[rows] = True
 
+    @abc.abstractmethod
+    def keep(self, rows: np.ndarray, outputs: Mapping[str, np.ndarray]) -> None:
+        """Takes the outputs of these tiles."""
+
+    @abc.abstractmethod
+    def kept(self, whole: np.ndarray) -> dict[str, np.ndarray]:
+        """Copies of what is known of the tiles for which `whole`, bool [N], is true: every tile that was kept is one of them,
+        because no block is half done."""
+
+    @abc.abstractmethod
+    def restore(self, kept: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `kept` returned; what follows must give the same results to the bit."""
+
+
+class SlideScores(SlideProgress):
+    """A value of each tile, and the mean of overlapping maps of the tiles where there are such. output: the name of the values
+    among the network's outputs, float [n]; where it is absent they stay NaN. maps: the name of the maps, float [n, h, h]; None:
+    none are wanted, although the network may make them."""
+
+    def __init__(self, tiles: Tiles, *, slide_mpp: float, block: int, output: str = "logit", maps: str | None = "cam"):
+        super().__init__(tiles, block=block)
+        self.values = np.full(len(tiles), np.nan, np.float32)
+        self.scale: dict[str, Any] = {
+            "tile": tiles.grid.tile,
+            "stride": tiles.grid.stride,
+            "mpp": tiles.grid.mpp,
+            "slide_mpp": slide_mpp,
+        }
+        self._output, self._maps = output, maps
+        self._mean: TileMapAverage | None = None
+        self._map_side = 0
+
+    def mean_map(self) -> HeatMap | None:
+        """The mean of the maps of the tiles so far; None where there is none."""
+        return None if self._mean is None else self._mean.result()
+
+    def keep(self, rows: np.ndarray, outputs: Mapping[str, np.ndarray]) -> None:
+        if self._output in outputs:
+            self.values[rows] = outputs[self._output]
+        if self._maps is not None and self._maps in outputs:
+            maps = outputs[self._maps]
+            self._average(maps.shape[-1]).add(rows, maps)
+
+    def kept(self, whole: np.ndarray) -> dict[str, np.ndarray]:
+        kept = {"values": np.where(whole, self.values, np.float32(np.nan))}
+        if self._mean is not None:
+            total, times = self._mean.sums()
+            kept |= {"map_side": np.asarray(self._map_side), "map_sum": total, "map_times": times}
+        return kept
+
+    def restore(self, kept: Mapping[str, np.ndarray]) -> None:
+        self.values = kept["values"].copy()
+        if self._maps is not None and "map_sum" in kept:
+            self._average(int(kept["map_side"])).restore(kept["map_sum"], kept["map_times"])
+
+    @staticmethod
+    def has_maps(journal: Journal) -> bool:
+        """Whether maps are known wherever values are."""
+        return "map_sum" in journal.kept or not np.isfinite(journal.kept["values"]).any()
+
     def _average(self, side: int) -> TileMapAverage:
-        if self._cam is None:
-            self._cam = TileMapAverage(self.tiles.x, self.tiles.y, size=side, **self.scale)
-            self._cam_side = side
-        return self._cam
+        if self._mean is None:
+            self._mean = TileMapAverage(self.tiles.x, self.tiles.y, size=side, **self.scale)
+            self._map_side = side
+        return self._mean

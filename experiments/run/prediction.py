@@ -24,13 +24,13 @@ from data_pipelines.cohort import SlideRecord
 from data_pipelines.scan import ScanJob, ScanShape, prefetch, scan, work_ahead
 from data_pipelines.slides import SlideError
 from experiments.run.claims import Claims
-from experiments.run.collector import BLOCK, TileCollector
+from experiments.run.collector import TileCollector
 from experiments.run.journal import Journal
 from experiments.run.preparation import Preparation
 from experiments.run.progress import progress
 from experiments.run.scoring import Scored, TileScorer
 from experiments.run.slide_result import SlideResult, stage_columns
-from experiments.run.slide_state import UNFINISHED, scores_basis
+from experiments.run.slide_state import UNFINISHED
 from experiments.run.task import Begun, Task
 
 _AHEAD = 4  # slides that are opened before their tiles are asked for
@@ -88,7 +88,7 @@ class Prediction:
         Raises SlideError at the first problem where errors are to stop it.
         """
         waiting = self._records
-        compiling = _Compiling(scorer, variables, ScanShape.of(self._task.settings.grid, block=BLOCK))
+        compiling = _Compiling(scorer, variables, self._task.settings.shape)
         with progress(None, self._task.doing) as bar:
             while waiting:
                 self._busy = []
@@ -164,7 +164,7 @@ class Prediction:
         work.saved = time.monotonic()
 
     def _journal(self, work: _Work) -> Journal:
-        basis = scores_basis(work.begun.basis, work.begun.prepared.slide.mpp)
+        basis = self._task.settings.scores_basis(work.begun.basis, work.begun.prepared.slide.mpp)
         return work.collector.journal(basis)
 
     def _take_complete(self) -> list[_Work]:

@@ -12,12 +12,12 @@ from typing import Any
 
 from data_pipelines.cohort import SlideRecord
 from data_pipelines.exports import write_text
-from data_pipelines.prepare import PreparedSlide, prepare_slide
+from data_pipelines.prepare import PreparedSlide
 from data_pipelines.slides import RegionError, SlideError
 from experiments.run.claims import Claims
 from experiments.run.journal import Journal
 from experiments.run.slide_result import SlideResult
-from experiments.run.slide_state import Place, SlideState, scores_basis
+from experiments.run.slide_state import Place, SlideState
 from experiments.run.slides import NO_TISSUE, UNEXPECTED
 from experiments.run.task import Begun, Task
 
@@ -72,12 +72,10 @@ class Preparation:
         return not state.changes(record, self._settings)
 
     def _open(self, record: SlideRecord, place: Place) -> Begun | SlideResult:
-        settings, basis = self._settings, self._settings.basis(record)
+        basis = self._settings.basis(record)
         failed = SlideResult(record.slide_id, str(record.path), "failed")
         try:
-            prepared = prepare_slide(
-                record, settings.grid, min_tissue=settings.min_tissue, mpp_override=settings.mpp_override
-            )
+            prepared = self._task.prepare(record)
         except (SlideError, RegionError) as error:
             return self.record(place, dataclasses.replace(failed, reason=str(error)), basis)
         except UNEXPECTED as error:
@@ -96,7 +94,7 @@ class Preparation:
         self, record: SlideRecord, place: Place, basis: Mapping[str, Any], prepared: PreparedSlide
     ) -> Journal | None:
         journal = Journal.load(place.scores)
-        wanted = scores_basis(basis, prepared.slide.mpp)
+        wanted = self._settings.scores_basis(basis, prepared.slide.mpp)
         if journal is None or not self._task.fits(journal, place, wanted, len(prepared.tiles)):
             return None
         if not journal.seen.all():

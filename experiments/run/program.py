@@ -20,6 +20,7 @@ from data_pipelines.files import OutputError
 from data_pipelines.patches import PatchesError
 from data_pipelines.slides import SlideError
 from data_pipelines.spots import SpotsError
+from data_pipelines.tile_sets import TileSetError
 from data_pipelines.tiles import TilesError
 from data_pipelines.weights import WeightsError
 from experiments.run.workdir import WorkdirError
@@ -41,6 +42,7 @@ EXPECTED = (
     PretrainedError,
     SlideError,
     SpotsError,
+    TileSetError,
     TilesError,
     TrainingDiverged,
     WeightsError,

@@ -1,4 +1,4 @@
-"""Tiles to logits and Grad-CAM maps on the device, batch by batch, while the next region is being read."""
+"""Tiles to a network's outputs on the device, batch by batch, while the next region is being read."""
 
 from __future__ import annotations
 
@@ -23,54 +23,35 @@ from srcc_jax.models.layers import fold_batch_norm
 from srcc_jax.models.zoo import build
 from srcc_jax.parallel import replicate
 
+WindowOutputs = Callable[[Mapping[str, Any], jax.Array], dict[str, jax.Array]]
+"""(variables for inference, windows uint8 [c, tile, tile, 3]) -> name -> array [c, ...], each row a function of its own window."""
+
+Fold = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Variables as they were trained -> variables for inference, such as those with BatchNorm in the convolutions."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """row int [n] of scored tiles, logit float32 [n] (NaN where none is asked for), cam float32 [n, h, w] or None, features
-    float32 [n, D] or None; failed: rows that were not readable, with reasons; seconds: for how long the device was at it."""
+    """row int [n] of scored tiles; outputs: name -> array [n, ...], as the scorer computes them; failed: rows that were not
+    readable, with reasons; seconds: for how long the device was at it."""
 
     row: np.ndarray
-    logit: np.ndarray
-    cam: np.ndarray | None
-    failed: tuple[tuple[int, str], ...]
+    outputs: Mapping[str, np.ndarray]
+    failed: tuple[tuple[int, str], ...] = ()
     seconds: float = 0.0
-    features: np.ndarray | None = None
 
 
 class TileScorer:
-    """The network in inference mode, BatchNorm folded, over batches of windows. Compiled once, whatever the weights.
+    """A network in inference mode over batches of windows. Compiled once, whatever the weights.
 
-    Of its outputs those are computed that are asked for: logit (of the first class), cam (its Grad-CAM), and features by this
-    pooling (`features.widths`).
+    outputs: what is computed of windows, `chunk` of them at a time (None: as many as suit the platform); fold: what its variables
+    are made of. The device holds the outputs of a whole batch: `ScanShape.windows` times those of one.
     """
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        *,
-        tile: int,
-        mesh: Mesh,
-        cam: bool,
-        logit: bool = True,
-        pooling: str | None = None,
-    ):
-        network = build(architecture, folded=True)
-
-        def outputs(variables: Mapping[str, Any], windows: jax.Array) -> dict[str, jax.Array]:
-            out: Any = network.apply(variables, normalize(windows, architecture), train=False)
-            result = {"logit": out["logits"][:, 0]} if logit else {}
-            if pooling is not None:
-                result["features"] = pooled(out, pooling)
-            if cam:
-                head = variables["params"]["classifier"]
-                result["cam"] = grad_cam(
-                    lambda maps: maps.mean((1, 2)) @ head["kernel"] + head["bias"][None], out["maps"]
-                )
-            return result
-
+    def __init__(self, outputs: WindowOutputs, fold: Fold, *, tile: int, mesh: Mesh, chunk: int | None = None):
         self._mesh = mesh
-        self._fold = jax.jit(functools.partial(fold_batch_norm, epsilon=architecture.bn_epsilon))
-        self._outputs = make_window_fn(outputs, tile=tile, mesh=mesh)
+        self._fold = jax.jit(fold)
+        self._outputs = make_window_fn(outputs, tile=tile, mesh=mesh, chunk=chunk)
         self.tiles = 0
         self.seconds = 0.0
         self.waited_seconds = 0.0
@@ -112,11 +93,11 @@ class TileScorer:
         rows: int,
         scored_tiles: Callable[[int], object] = lambda count: None,
     ) -> np.ndarray:
-        """float32 [rows]: logit of each row of the table, NaN where it was not scanned or not readable. scored_tiles: told after
-        each batch how many tiles it held."""
+        """float32 [rows]: the output "logit" of each row of the table, NaN where it was not scanned or not readable. scored_tiles:
+        told after each batch how many tiles it held."""
         table = np.full(rows, np.nan, np.float32)
         for scored in self.score(folded, batches):
-            table[scored.row] = scored.logit
+            table[scored.row] = scored.outputs["logit"]
             scored_tiles(len(scored.row))
         return table
 
@@ -130,15 +111,29 @@ class TileScorer:
     def _fetch(self, batch: ScanBatch, outputs: Mapping[str, jax.Array], seconds: Future[float]) -> Scored:
         values = {name: np.asarray(value)[: batch.count] for name, value in outputs.items()}
         self.tiles += batch.count
-        row, unknown = batch.row[: batch.count], np.full(batch.count, np.nan, np.float32)
-        return Scored(
-            row,
-            values.get("logit", unknown),
-            values.get("cam"),
-            batch.failed,
-            seconds=seconds.result(),
-            features=values.get("features"),
-        )
+        return Scored(batch.row[: batch.count], values, batch.failed, seconds=seconds.result())
+
+
+def classifier_scorer(
+    architecture: Architecture, *, tile: int, mesh: Mesh, cam: bool, logit: bool = True, pooling: str | None = None
+) -> TileScorer:
+    """Of a classifier, BatchNorm folded. Of its outputs those are computed that are asked for: "logit" [n] (of the first class),
+    "cam" [n, h, w] (its Grad-CAM), and "features" [n, D] by this pooling (`features.widths`); all float32."""
+    network = build(architecture, folded=True)
+
+    def outputs(variables: Mapping[str, Any], windows: jax.Array) -> dict[str, jax.Array]:
+        out: Any = network.apply(variables, normalize(windows, architecture), train=False)
+        result = {"logit": out["logits"][:, 0]} if logit else {}
+        if pooling is not None:
+            result["features"] = pooled(out, pooling)
+        if cam:
+            head = variables["params"]["classifier"]
+            result["cam"] = grad_cam(lambda maps: maps.mean((1, 2)) @ head["kernel"] + head["bias"][None], out["maps"])
+        return result
+
+    return TileScorer(
+        outputs, functools.partial(fold_batch_norm, epsilon=architecture.bn_epsilon), tile=tile, mesh=mesh
+    )
 
 
 def probability(logit: np.ndarray) -> np.ndarray:

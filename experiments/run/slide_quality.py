@@ -28,23 +28,23 @@ _SHEET_COLUMNS, _SHEET_TILE_PX, _SHEET_GAP_PX = 4, 112, 4
 
 @dataclass(frozen=True)
 class TopTile:
-    """A tile with a high probability: its picture's file, its corner in level-0 px."""
+    """A tile with a high value: its picture's file, its corner in level-0 px."""
 
     file: str
     x: float
     y: float
-    probability: float
+    value: float
 
 
 def slide_flags(prepared: PreparedSlide, values: np.ndarray) -> list[str]:
-    """What somebody should look at, one line each. values float [N]: probabilities of the slide's tiles, NaN: not read."""
+    """What somebody should look at, one line each. values float [N]: those of the slide's tiles, NaN: not read."""
     unread = int(np.isnan(values).sum())
     missing = [f"not readable: {unread} of {len(values)} tiles"] if unread else []
     return [*prepared.quality.flags(), *missing]
 
 
 def top_tiles(prepared: PreparedSlide, values: np.ndarray, *, count: int = TOP_TILES) -> list[TopTile]:
-    """The highest tiles that do not overlap a higher one, best first. values float [N]: their probabilities, NaN never counts."""
+    """The highest tiles that do not overlap a higher one, best first. values float [N], NaN never counts."""
     tiles = prepared.tiles
     rows = highest_apart(values, tiles.x, tiles.y, side=_side(prepared), count=count)
     return [
@@ -71,12 +71,19 @@ def write_top_tiles(folder: pathlib.Path, prepared: PreparedSlide, values: np.nd
 
 
 def write_slide_page(
-    folder: pathlib.Path, prepared: PreparedSlide, values: np.ndarray, *, pictures: Mapping[str, str]
+    folder: pathlib.Path,
+    prepared: PreparedSlide,
+    values: np.ndarray,
+    *,
+    pictures: Mapping[str, str],
+    unit: str = "probability",
+    headline: str = "",
 ) -> None:
     """Writes top_tiles/, preview/ and report.html into the finished slide's folder. The slide has to be open still.
 
-    values float [N]: probabilities of the slide's tiles, NaN where unknown. pictures: caption -> overlay (PNG); those that are
-    in the folder are shown. Raises OutputError.
+    values float [N]: those of the slide's tiles, NaN where unknown, which are of this unit. pictures: caption -> overlay
+    (PNG); those that are in the folder are shown. headline: what the page says first; empty: the highest value. Raises
+    OutputError.
     """
     files = {caption: file for caption, file in pictures.items() if (folder / file).exists()}
     overlays = {caption: _opened(folder / file) for caption, file in files.items()}
@@ -87,20 +94,21 @@ def write_slide_page(
         _write_bytes(folder / preview_of(SHEET), preview(_sheet(list(top.values()))))
     page = SlidePage(
         slide_id=prepared.record.slide_id,
-        subtitle=_subtitle(values),
+        subtitle=headline or _subtitle(values, unit),
         flags=slide_flags(prepared, values),
         images={caption: _as_jpeg(image, _QUALITY) for caption, image in overlays.items()},
-        tiles=[TileRow(picture=_as_jpeg(top[t], _QUALITY), x=t.x, y=t.y, probability=t.probability) for t in top],
+        tiles=[TileRow(picture=_as_jpeg(top[t], _QUALITY), x=t.x, y=t.y, value=t.value) for t in top],
+        unit=unit,
         tile_level0=_side(prepared),
         facts=_facts(prepared),
     )
     write_text(folder / PAGE, render_slide(page))
 
 
-def _subtitle(values: np.ndarray) -> str:
+def _subtitle(values: np.ndarray, unit: str) -> str:
     """Without label and patient: these may be corrected in the cohort table, and the slide is not done again for it."""
     known = values[np.isfinite(values)]
-    return f"probability {known.max():.4f}" if len(known) else "no tile could be read"
+    return f"{unit} {known.max():.4f}" if len(known) else "no tile could be read"
 
 
 def _facts(prepared: PreparedSlide) -> dict[str, object]:

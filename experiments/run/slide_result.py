@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 STAGES = ("open", "tissue", "read", "model", "write")
+PROBABILITY = "probability"  # the measure that has a field of its own
 TIMES = ("tiles_per_second", *(f"seconds_{stage}" for stage in STAGES))  # columns that differ from run to run
 
 
@@ -14,7 +15,7 @@ TIMES = ("tiles_per_second", *(f"seconds_{stage}" for stage in STAGES))  # colum
 class SlideResult:
     """A row of slides.csv. status is "done", "failed" or, in a table made before the end, "unfinished"; reason says why, or what
     is missing from a finished slide; traceback: a file below the results' folder; seconds are those of the device and of each
-    thread, which work side by side."""
+    thread, which work side by side; measures: what was found by a task that has others than the probability."""
 
     slide_id: str
     path: str
@@ -35,6 +36,11 @@ class SlideResult:
     seconds_write: float | None = None
     model: str = ""
     configuration: str = ""
+    measures: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+
+    def measure(self, name: str) -> float | None:
+        """The probability, or another of the measures; None where there is none."""
+        return self.probability if name == PROBABILITY else self.measures.get(name)
 
 
 def stage_columns(seconds: Mapping[str, float], scored: int) -> dict[str, Any]:

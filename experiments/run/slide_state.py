@@ -15,38 +15,48 @@ import json
 import pathlib
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from data_pipelines.cohort import SlideRecord
 from data_pipelines.exports import write_json
-from data_pipelines.prepare import TISSUE_MPP
+from data_pipelines.prepare import TISSUE_MPP, PreparedSlide, prepare_slide
+from data_pipelines.scan import ScanShape
 from data_pipelines.tiles import Grid
 from experiments.run.slide_result import SlideResult
 from srcc_jax.models.architecture import Architecture
 
 VERSION = 1  # of the way in which results are made: a higher number makes those of older programs again
-# Of the basis: what the files of a slide rest on beyond what is known of its tiles.
-OUTPUTS = ("Grad-CAM", "formats", "thresholds", "layout", "encoder")
 UNFINISHED = ".outputs."  # how the names of folders begin that are being filled in a slide's state folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TileSettings:
-    """What the results of every slide rest on, whatever is made of it, and nothing else."""
+    """What the results of every slide rest on, whatever is made of it, and nothing else. files_alone: names in the basis of what
+    the files of a slide rest on, but not the scores of its tiles."""
 
+    files_alone: ClassVar[tuple[str, ...]] = ()
     grid: Grid
     min_tissue: float
     mpp_override: float | None
     model: str  # `model_hash`
 
     @property
+    def shape(self) -> ScanShape:
+        """Of the batches in which tiles are scored."""
+        return ScanShape.of(self.grid)
+
+    @property
     def digest(self) -> str:
         """16 hexadecimal digits for all but the model."""
         values = {**dataclasses.asdict(self), "model": None, "version": VERSION, "tissue": TISSUE_MPP}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def prepare(self, record: SlideRecord) -> PreparedSlide:
+        """The open slide with its tissue and its tiles. Raises SlideError or RegionError."""
+        return prepare_slide(record, self.grid, min_tissue=self.min_tissue, mpp_override=self.mpp_override)
 
     def basis(self, record: SlideRecord) -> dict[str, Any]:
         """Name -> value of everything that the slide's results rest on, but for its scale, which is known once it is open."""
@@ -62,11 +72,19 @@ class TileSettings:
             "version": VERSION,
         }
 
+    def scores_basis(self, basis: Mapping[str, Any], slide_mpp: float) -> dict[str, Any]:
+        """The part that the scores of the tiles rest on, with the slide's scale."""
+        return {
+            **{name: value for name, value in basis.items() if name not in self.files_alone},
+            "slide mpp": slide_mpp,
+        }
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(TileSettings):
-    """What predictions rest on."""
+    """What predictions of a slide classifier rest on."""
 
+    files_alone = ("Grad-CAM", "formats", "thresholds")
     cam: bool
     formats: tuple[str, ...]
     thresholds: tuple[float, ...]
@@ -79,9 +97,11 @@ class Settings(TileSettings):
         }
 
 
-def model_hash(architecture: Architecture, variables: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits for the network and its weights."""
-    digest = hashlib.sha256(json.dumps(architecture.as_dict(), sort_keys=True).encode())
+def model_hash(architecture: Architecture, variables: Mapping[str, Any], *others: Architecture) -> str:
+    """16 hexadecimal digits for the network, others whose weights are among the variables, and the weights."""
+    digest = hashlib.sha256()
+    for network in (architecture, *others):
+        digest.update(json.dumps(network.as_dict(), sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
         array = np.ascontiguousarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
@@ -167,8 +187,3 @@ class SlideState:
         scale = {"cohort": record.mpp, "flag": settings.mpp_override if record.mpp is None else None}
         given = scale.get(self.result.mpp_source, self.result.mpp)
         return changed if given == self.result.mpp else [*changed, f"mpp ({self.result.mpp}, now {given})"]
-
-
-def scores_basis(basis: Mapping[str, Any], slide_mpp: float) -> dict[str, Any]:
-    """The part that the scores of the tiles rest on, with the slide's scale."""
-    return {**{name: value for name, value in basis.items() if name not in OUTPUTS}, "slide mpp": slide_mpp}

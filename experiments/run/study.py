@@ -20,7 +20,7 @@ from data_pipelines.shelf import Shelf
 from data_pipelines.slides import SlideError
 from data_pipelines.stream import FAILED, Rows, TileReader, training_batches
 from experiments.run.progress import progress
-from experiments.run.scoring import TileScorer, probability
+from experiments.run.scoring import classifier_scorer, probability
 from experiments.run.slides import SlideSet
 from experiments.run.workdir import Workdir
 from srcc_jax.augment import AugmentConfig, augment
@@ -75,7 +75,7 @@ class Steps:
 
 @dataclasses.dataclass
 class Study:
-    """What every stage of a run needs."""
+    """What every stage of a run needs. mined: number of a training slide -> rows of its tiles that were mined as negatives."""
 
     config: Config
     architecture: Architecture
@@ -86,13 +86,14 @@ class Study:
     validation: SlideSet
     threads: int
     stop: Callable[[], bool]
+    mined: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.keep = Keep(metric=METRIC, mode="min", patience=self.config.patience)
         self._unreadable: set[str] = set()
         self.labels = labels_of(self.train, self.config)
         self.validation_labels = labels_of(self.validation, self.config)
-        self._scorer = TileScorer(
+        self._scorer = classifier_scorer(
             self.architecture, tile=self.config.tile, mesh=make_mesh(jax.local_devices()), cam=False
         )
 

@@ -1,4 +1,4 @@
-"""What is made of the slides of a cohort: the part in which prediction and extraction of features differ."""
+"""What is made of the slides of a cohort: the part in which predictions of each kind, and extraction of features, differ."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from data_pipelines.cohort import SlideRecord
 from data_pipelines.prepare import PreparedSlide
 from experiments.run.collector import TileCollector
 from experiments.run.journal import Journal
@@ -23,7 +24,8 @@ class Begun:
 
 
 class Task(Protocol):
-    """doing, done: what is said of a slide meanwhile and at the end, "predicting" and "predicted"."""
+    """doing, done: what is said of a slide meanwhile and at the end, "predicting" and "predicted". measures: the columns of
+    slides.csv that say what was found on a slide."""
 
     @property
     def doing(self) -> str: ...
@@ -32,7 +34,13 @@ class Task(Protocol):
     def done(self) -> str: ...
 
     @property
+    def measures(self) -> tuple[str, ...]: ...
+
+    @property
     def settings(self) -> TileSettings: ...
+
+    def prepare(self, record: SlideRecord) -> PreparedSlide:
+        """Opens the slide, finds its tissue and its tiles, in any thread. Raises SlideError or RegionError."""
 
     def fits(self, journal: Journal, place: Place, basis: Mapping[str, Any], tiles: int) -> bool:
         """Whether the slide at this place, of so many tiles, can go on from its journal on this basis of scores."""

@@ -16,7 +16,7 @@ from experiments.run.scoring import probability
 from experiments.run.study import Study
 from srcc_jax.checkpoints import Checkpoints
 from srcc_jax.kernels.top_k import select_top_k
-from srcc_jax.methods.slide_classification import SupervisedSampler, WeakSampler, frozen_steps
+from srcc_jax.methods.slide_classification import SupervisedSampler, WeakSampler, frozen_steps, with_mined
 from srcc_jax.train import TrainState
 
 
@@ -82,6 +82,8 @@ def choose_tiles(study: Study, sampler: WeakSampler, number: int, state: TrainSt
         logits = study.logits(state, study.train, slides, what, allowed=allowed, interruptible=True)
         rows, valid = select_top_k(logits, study.train.slide, slides=len(study.labels), k=study.config.top_k)
         chosen = {int(slide): np.asarray(rows[slide])[np.asarray(valid[slide])] for slide in slides}
+        for slide in chosen.keys() & study.mined.keys():
+            chosen[slide] = with_mined(chosen[slide], study.mined[slide], study.config, slide=slide, number=number)
         if jax.process_index() == 0:
             write_choice(path, study, chosen, logits)
         return chosen

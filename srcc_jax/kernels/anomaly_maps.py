@@ -1,6 +1,6 @@
 """Where a student's maps differ from its teacher's, and the smoothing of such maps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,14 @@ def anomaly_map(
         distance = 1 - cosine_similarity(theirs, ours)
         total = total + resize_bilinear(distance[..., None], size, align_corners=align_corners)
     return total[..., 0]
+
+
+def dihedral_mean(score: Callable[[jax.Array], jax.Array], image: jax.Array) -> jax.Array:
+    """score: images [B, H, H, 3] -> [B, ...] float32; its mean over the eight ways in which a square image [B, H, H, 3] can be turned
+    and mirrored. One orientation is computed at a time, so that memory is that of one."""
+    turned = [jnp.rot90(image, quarter, axes=(1, 2)) for quarter in range(4)]
+    orientations = jnp.stack([*turned, *(jnp.flip(picture, axis=2) for picture in turned)])
+    return lax.map(score, orientations).mean(0)
 
 
 def gaussian_filter(maps: jax.Array, *, sigma: float, truncate: float = 4.0) -> jax.Array:

@@ -4,9 +4,10 @@ Positions are (x, y) level-0 px of a tile's top-left corner; `tile` and `stride`
 scale, and `slide_mpp` is µm per level-0 px. The map covers the bounding box of the tiles and carries scale and origin.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import ndimage
 
 
 @dataclass(frozen=True)
@@ -20,18 +21,28 @@ class HeatMap:
     mpp: float  # µm per cell
 
 
-def paint_probabilities(
-    probability: np.ndarray, x: np.ndarray, y: np.ndarray, *, tile: int, stride: int, mpp: float, slide_mpp: float
+def paint_tiles(
+    values: np.ndarray, x: np.ndarray, y: np.ndarray, *, tile: int, stride: int, mpp: float, slide_mpp: float
 ) -> HeatMap:
-    """Each tile's probability [N] (NaN: unreadable) as one stride x stride cell in the middle of the tile.
+    """Each tile's value [N] (NaN: unreadable) as one stride x stride cell in the middle of the tile.
 
     After Kanavati et al. 2021, section 2.6; they leave the place of the square open, and its centre is where the tile
     looks. Where two tiles round to one cell (the flush last tile), the higher shows: the map's maximum is the slide's.
     """
     placed = _Placed.at(x, y, cell=stride, side=1, mpp=mpp, slide_mpp=slide_mpp)
-    values = np.full(placed.shape, np.nan, np.float32)
-    np.fmax.at(values, (placed.row, placed.column), np.asarray(probability, np.float32))
-    return placed.heat_map(values, inset=(tile - stride) / 2 * mpp / slide_mpp)
+    painted = np.full(placed.shape, np.nan, np.float32)
+    np.fmax.at(painted, (placed.row, placed.column), np.asarray(values, np.float32))
+    return placed.heat_map(painted, inset=(tile - stride) / 2 * mpp / slide_mpp)
+
+
+def smoothed(heat_map: HeatMap, *, sigma: float) -> HeatMap:
+    """The map under a Gaussian of `sigma` cells, cut off at four sigmas: of each cell with a value the weighted mean of the cells
+    around it that have one, so that glass and what could not be read pull nothing down. Cells without a value stay so."""
+    known = np.isfinite(heat_map.values)
+    weight = ndimage.gaussian_filter(known.astype(np.float64), sigma, mode="constant")
+    total = ndimage.gaussian_filter(np.where(known, heat_map.values, 0).astype(np.float64), sigma, mode="constant")
+    values = np.divide(total, weight, out=np.full(known.shape, np.nan), where=known)
+    return replace(heat_map, values=values.astype(np.float32))
 
 
 class TileMapAverage:

@@ -3,14 +3,15 @@
 The candidates are taken in chunks. A matrix product gives the similarity of every query with every candidate of a chunk; of each
 block of candidates only the maximum is looked at first, since a block whose maximum is below the k-th largest of all block
 maxima holds none of the k best. The shortlist so found is ranked again by distances computed in float64, because
-single precision of a product cannot tell near duplicates apart.
+single precision of a product cannot tell near duplicates apart. Where the error of the product could hide one of the k best
+from the shortlist, the search is repeated for that query with a longer one: no neighbour is ever missed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -24,7 +25,11 @@ from srcc_jax.parallel import by_rows, make_mesh, replicate, whole
 METRICS = ("l2", "cosine")
 BLOCK = 64  # candidates whose maximum is looked at first
 MARGIN = 16  # of the shortlist beyond k: candidates that rounding may have put on the wrong side
-_RERANKED_BYTES = 64 << 20  # of float64 vectors held at a time
+LONGER = 8  # times, a shortlist that was too short
+_CHUNK, _CHUNK_OF_SHORTLIST = 16_384, 256  # candidates held at a time: at least, and for each of a shortlist
+_RANKED_BYTES = 4 << 20  # of float64 vectors held at a time
+_FAR = 4.0  # lengths of the queries about their centre, from zero to there
+_IN_FLIGHT = 2  # chunks that are on their way to the devices or on them
 
 
 class Features(Protocol):
@@ -51,35 +56,32 @@ def nearest(
     *,
     k: int,
     metric: str = "l2",
-    chunk: int = 16_384,
+    chunk: int | None = None,
     mesh: Mesh | None = None,
 ) -> Neighbours:
     """The k candidates [M, D] most similar to each of the queries [N, D].
 
     metric: "l2", smallest Euclidean distance, or "cosine", largest cosine (a vector of zeros has cosine 0 with all). chunk: candidates
-    held on the devices at a time, split over them. Memory is that of N · chunk similarities, whatever M is. Where M < k, there
-    are M neighbours. ValueError for vectors that are not finite or of different lengths.
+    held on the devices at a time, split over them; None: 16,384, and more for a large k. Memory is that of a few chunks and
+    N · chunk similarities, whatever M is. Where M < k, there are M neighbours. ValueError for vectors that are not finite or of
+    different lengths.
     """
     queries = _checked(queries, candidates, metric)
-    mesh = mesh or make_mesh(jax.local_devices())
-    count = candidates.shape[0]
+    count, mesh = candidates.shape[0], mesh or make_mesh(jax.local_devices())
     k = min(k, count)
-    wanted = min(k + MARGIN, count)
-    size = _chunk_size(chunk, count, wanted, mesh.size)
-    centre = np.zeros_like(queries[:1]) if metric == "cosine" else queries.mean(0, keepdims=True)
-    step = _make_step(mesh, wanted, metric)
-    asked = replicate(jnp.asarray(queries - centre), mesh)
-    middle = replicate(jnp.asarray(centre), mesh)
-    best = replicate(
-        (jnp.full((len(queries), wanted), -jnp.inf), jnp.full((len(queries), wanted), -1, jnp.int32)), mesh
-    )
-    for begin, rows in _chunks(candidates, size):
-        filled = np.pad(rows, ((0, size - len(rows)), (0, 0))) if len(rows) < size else rows
-        best = step(asked, middle, best, jax.device_put(filled, by_rows(mesh)), begin, len(rows))
-    shortlist = np.sort(np.asarray(best[1]), axis=1)
-    if not np.isfinite(np.asarray(best[0])).all():
-        raise ValueError("some feature vectors are not finite: leave them out")
-    return _ranked(queries, candidates, shortlist, k, metric)
+    origin = _origin(queries, metric)
+    index, value = np.empty((len(queries), k), np.int64), np.empty((len(queries), k))
+    left, wanted = np.arange(len(queries)), k + MARGIN
+    while len(left):
+        wanted = min(wanted, count)
+        size = _chunk_size(chunk or max(_CHUNK, _CHUNK_OF_SHORTLIST * wanted), count, mesh.size)
+        rows, least = _shortlist(queries[left], origin, candidates, wanted, metric, size, mesh)
+        index[left], value[left] = _ranked(queries[left], candidates, rows, k, metric)
+        if wanted == count:
+            break
+        left = left[~_certain(queries[left], origin, value[left, -1], least, metric)]
+        wanted *= LONGER
+    return Neighbours(index, value)
 
 
 def _checked(queries: np.ndarray, candidates: Features, metric: str) -> np.ndarray:
@@ -95,10 +97,44 @@ def _checked(queries: np.ndarray, candidates: Features, metric: str) -> np.ndarr
     return queries
 
 
-def _chunk_size(chunk: int, count: int, wanted: int, devices: int) -> int:
-    """Rows of a chunk: whole blocks on every device, on each at least as many candidates as are wanted."""
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """What is subtracted from the queries [1, D]; from the candidates, too, if they are `moved`: that costs a pass over them, and is
+    worth it where the queries are close together and far from zero, or products would lose what tells them apart."""
+
+    centre: np.ndarray
+    moved: bool
+
+
+def _origin(queries: np.ndarray, metric: str) -> _Origin:
+    if metric == "cosine":
+        return _Origin(np.zeros_like(queries[:1]), False)
+    centre = queries.mean(0, keepdims=True)
+    return _Origin(centre, bool(np.linalg.norm(centre) > _FAR * np.linalg.norm(queries - centre, axis=1).max()))
+
+
+def _chunk_size(chunk: int, count: int, devices: int) -> int:
+    """Rows of a chunk: whole blocks on every device."""
     unit = devices * BLOCK
-    return -(-max(min(chunk, count), devices * wanted) // unit) * unit
+    return -(-min(chunk, count) // unit) * unit
+
+
+def _shortlist(
+    queries: np.ndarray, origin: _Origin, candidates: Features, wanted: int, metric: str, size: int, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows int [N, wanted], in ascending order, and the similarity of the last that got in, float32 [N]."""
+    step = _make_step(mesh, wanted, metric, origin.moved)
+    asked, centre = replicate((jnp.asarray(queries - origin.centre), jnp.asarray(origin.centre)), mesh)
+    empty = jnp.full((len(queries), wanted), -jnp.inf), jnp.full((len(queries), wanted), -1, jnp.int32)
+    best, lengths = replicate(empty, mesh), list[jax.Array]()
+    for begin, rows in _chunks(candidates, size):
+        filled = np.pad(rows, ((0, size - len(rows)), (0, 0))) if len(rows) < size else rows
+        best, longest = step(asked, centre, best, jax.device_put(filled, by_rows(mesh)), begin, len(rows))
+        lengths.append(longest)
+        jax.block_until_ready(lengths[-_IN_FLIGHT:][0])  # else the chunks of a whole search wait in memory
+    if not np.isfinite(np.asarray(lengths)).all():
+        raise ValueError("some feature vectors are not finite: leave them out")
+    return np.sort(np.asarray(best[1]), axis=1), np.asarray(best[0])[:, -1]
 
 
 def _chunks(candidates: Features, size: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -107,74 +143,112 @@ def _chunks(candidates: Features, size: int) -> Iterator[tuple[int, np.ndarray]]
 
 
 @functools.cache
-def _make_step(mesh: Mesh, wanted: int, metric: str):
-    """(queries, centre, best, candidates [size, D], begin, count) -> best: the running shortlist, (similarity, row) [N, wanted]."""
+def _make_step(mesh: Mesh, wanted: int, metric: str, moved: bool):
+    """(queries, centre, best, candidates [size, D], begin, count) -> best, the running shortlist (similarity, row) [N, wanted]; and the
+    greatest square of a candidate's length from the centre."""
     split, same = PartitionSpec("data"), PartitionSpec()
+    similarity = _cosine if metric == "cosine" else _l2
 
     def local(queries, centre, rows, begin, count):
-        """The shortlist of this device's part of the chunk, [1, N, wanted]."""
+        """The shortlist of this device's part of the chunk, [1, N, wanted or fewer], and [1] the greatest square."""
         first = lax.axis_index("data") * rows.shape[0]
-        similarity = _similarity(queries, rows.astype(jnp.float32) - centre, metric)
-        similarity = jnp.where(first + jnp.arange(rows.shape[0])[None] < count, similarity, -jnp.inf)
-        value, place = top_k_by_blocks(similarity, wanted)
-        return value[None], (begin + first + place)[None]
+        rows = rows.astype(jnp.float32)
+        factor = rows - centre if moved else rows
+        product = lax.dot_general(queries, factor, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+        squares = jnp.square(rows - centre).sum(1)
+        real = first + jnp.arange(rows.shape[0]) < count
+        value, place = top_k_by_blocks(
+            similarity, product, jnp.where(real, squares, jnp.inf), min(wanted, rows.shape[0])
+        )
+        return value[None], (begin + first + place)[None], jnp.where(real, squares, 0).max()[None]
 
-    everywhere = jax.shard_map(local, mesh=mesh, in_specs=(same, same, split, same, same), out_specs=(split, split))
+    everywhere = jax.shard_map(local, mesh=mesh, in_specs=(same, same, split, same, same), out_specs=(split,) * 3)
 
     def step(queries, centre, best, rows, begin, count):
-        value, row = (
-            jnp.moveaxis(part, 0, 1).reshape(len(queries), -1)
-            for part in everywhere(queries, centre, rows, begin, count)
-        )
+        *found, squares = everywhere(queries, centre, rows, begin, count)
+        value, row = (jnp.moveaxis(part, 0, 1).reshape(len(queries), -1) for part in found)
         value, row = jnp.concatenate([best[0], value], 1), jnp.concatenate([best[1], row], 1)
         value, place = lax.top_k(value, wanted)
-        return value, jnp.take_along_axis(row, place, 1)
+        return (value, jnp.take_along_axis(row, place, 1)), squares.max()
 
     return jax.jit(step, donate_argnums=2, out_shardings=whole(mesh))
 
 
-def _similarity(queries: jax.Array, rows: jax.Array, metric: str) -> jax.Array:
-    """[N, M]: the cosine up to the query's length, or minus the squared distance up to what all candidates share; NaN as it comes."""
-    product = lax.dot_general(queries, rows, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
-    squares = jnp.square(rows).sum(1)[None]
-    if metric == "cosine":
-        return product * lax.rsqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
+def _l2(product: jax.Array, squares: jax.Array) -> jax.Array:
+    """Minus half the squared distance, up to half the square of the query's length; -inf where there is no candidate."""
     return product - 0.5 * squares
 
 
-def top_k_by_blocks(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`lax.top_k` of scores [N, M], M a multiple of BLOCK, by way of the maxima of blocks: values and places [N, k].
+def _cosine(product: jax.Array, squares: jax.Array) -> jax.Array:
+    """The cosine times the query's length; -inf where there is no candidate."""
+    cosine = product * lax.rsqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
+    return jnp.where(squares == jnp.inf, -jnp.inf, cosine)
+
+
+def top_k_by_blocks(
+    similarity: Callable[[jax.Array, jax.Array], jax.Array], product: jax.Array, squares: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k` of similarity(product [N, M], squares [M]), M a multiple of BLOCK, by way of the maxima of blocks: values and places
+    [N, k]. The similarities are computed twice rather than written to memory.
 
     Exact, lowest place first among equals: a block left out has a maximum no larger than that of k others, and comes after those
     that are equal.
     """
-    n, m = scores.shape
+    n, m = product.shape
     blocks = m // BLOCK
     if blocks <= k:
-        return lax.top_k(scores, k)
-    parts = scores.reshape(n, blocks, BLOCK)
-    chosen = jnp.sort(lax.top_k(parts.max(-1), k)[1], axis=1)
-    value, place = lax.top_k(jnp.take_along_axis(parts, chosen[..., None], 1).reshape(n, k * BLOCK), k)
+        return lax.top_k(similarity(product, squares[None]), k)
+    parts, squares = product.reshape(n, blocks, BLOCK), squares.reshape(blocks, BLOCK)
+    chosen = jnp.sort(lax.top_k(similarity(parts, squares[None]).max(-1), k)[1], axis=1)
+    values = similarity(jnp.take_along_axis(parts, chosen[..., None], 1), squares[chosen])
+    value, place = lax.top_k(values.reshape(n, k * BLOCK), k)
     return value, jnp.take_along_axis(chosen, place // BLOCK, 1) * BLOCK + place % BLOCK
 
 
-def _ranked(queries: np.ndarray, candidates: Features, shortlist: np.ndarray, k: int, metric: str) -> Neighbours:
-    """The best k of each query's shortlist [N, J], rows in ascending order, by distances in float64."""
+def _certain(queries: np.ndarray, origin: _Origin, last: np.ndarray, least: np.ndarray, metric: str) -> np.ndarray:
+    """bool [N]: whether no candidate outside the shortlist can be among the k best.
+
+    last [N]: distance or cosine of the k-th best; least [N]: the smallest similarity, as computed, within the shortlist, which no
+    candidate outside exceeds. A sum of D products of float32 is off by at most about D · 2^-24 of the product of the
+    lengths, in any order (Higham 2002, §3.1). With l2, a candidate whose length exceeds the query's by more than the
+    k-th distance is further away than that.
+    """
+    asked, centre = (queries - origin.centre).astype(np.float64), origin.centre.astype(np.float64)
+    length = np.linalg.norm(asked, axis=1)
+    rounding = (queries.shape[1] + 8) * 2.0**-24
+    if metric == "cosine":
+        return last * length > least + 2 * rounding * length
+    reach, similarity = length + last, (length**2 - last**2) / 2
+    if origin.moved:
+        return similarity > least + rounding * (length * reach + reach**2)
+    similarity += (asked * centre).sum(1)  # products with candidates that the centre is not taken from
+    return similarity > least + rounding * (length * (reach + np.linalg.norm(centre)) + reach**2)
+
+
+def _ranked(
+    queries: np.ndarray, candidates: Features, shortlist: np.ndarray, k: int, metric: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best k of each query's shortlist [N, J], rows in ascending order, by distances in float64: rows and values [N, k]."""
     index, value = np.empty((len(queries), k), np.int64), np.empty((len(queries), k))
-    together = max(1, _RERANKED_BYTES // (8 * shortlist.shape[1] * queries.shape[1]))
+    vectors = max(1, _RANKED_BYTES // (8 * queries.shape[1]))
+    together = max(1, vectors // shortlist.shape[1])
     for begin in range(0, len(queries), together):
-        rows = shortlist[begin : begin + together]
-        unique, place = np.unique(rows, return_inverse=True)
-        vectors = np.asarray(candidates[unique], np.float64)[place.reshape(rows.shape)]
-        query = queries[begin : begin + together, None].astype(np.float64)
-        if metric == "cosine":
-            lengths = np.linalg.norm(vectors, axis=2) * np.linalg.norm(query, axis=2)
-            worth = np.divide((vectors * query).sum(2), lengths, out=np.zeros(rows.shape), where=lengths > 0)
-        else:
-            worth = -np.linalg.norm(vectors - query, axis=2)
-        order = np.argsort(-worth, axis=1, kind="stable")[:, :k]
+        rows, asked = (array[begin : begin + together] for array in (shortlist, queries))
+        parts = (rows[:, start : start + vectors] for start in range(0, rows.shape[1], vectors))
+        worth = np.concatenate([_exact(asked, candidates, part, metric) for part in parts], axis=1)
+        order = np.argsort(worth if metric == "l2" else -worth, axis=1, kind="stable")[:, :k]
         index[begin : begin + len(rows)] = np.take_along_axis(rows, order, 1)
-        value[begin : begin + len(rows)] = (
-            np.abs(np.take_along_axis(worth, order, 1)) if metric == "l2" else np.take_along_axis(worth, order, 1)
-        )
-    return Neighbours(index, value)
+        value[begin : begin + len(rows)] = np.take_along_axis(worth, order, 1)
+    return index, value
+
+
+def _exact(queries: np.ndarray, candidates: Features, rows: np.ndarray, metric: str) -> np.ndarray:
+    """Distance or cosine of each query [N, D] and the candidates of its rows [N, J], float64 [N, J]."""
+    unique, place = np.unique(rows, return_inverse=True)
+    vectors, asked = (
+        np.asarray(array, np.float64) for array in (candidates[unique][place.reshape(rows.shape)], queries[:, None])
+    )
+    if metric == "l2":
+        return np.linalg.norm(vectors - asked, axis=2)
+    lengths = np.linalg.norm(vectors, axis=2) * np.linalg.norm(asked, axis=2)
+    return np.divide((vectors * asked).sum(2), lengths, out=np.zeros(rows.shape), where=lengths > 0)

@@ -77,9 +77,9 @@ class Config:
     adam_epsilon: float = setting(1e-8, "Adam's ε (torch's default; the paper gives none)", above=0)
     selection: str = setting(
         "chosen",
-        "the validation accuracy that selects; chosen: at the threshold that is best there (ours: a short run, and RD, stay "
-        "below 2 everywhere); fixed: at 2 (§4.1)",
-        choices=("chosen", "fixed"),
+        "what selects on the validation patches; chosen: accuracy at the threshold that is best there (ours: a short run, and RD, "
+        "stay below 2 everywhere); fixed: at 2 (§4.1); auc: ROC AUC (ours: where they are few, many steps share an accuracy)",
+        choices=("chosen", "fixed", "auc"),
     )
     patience: int | None = setting(
         None,

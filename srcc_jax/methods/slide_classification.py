@@ -18,7 +18,7 @@ from srcc_jax.models.zoo import CLASSIFIERS
 from srcc_jax.settings import check_settings, setting
 
 # Purposes that a run's seed is folded with, so that no two uses share a random stream.
-_DRAW, _TILES, _SHIFT, _SHUFFLE = range(4)
+_DRAW, _TILES, _SHIFT, _SHUFFLE, _MINED = range(5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,9 @@ class Config:
     )
     tiles_per_slide: int = setting(40, "FS: random tiles from each drawn slide, k (§3.2)", least=1)
     top_k: int = setting(1, "WS: tiles kept from each drawn slide, k (§3.2)", least=1)
+    mined_share: float = setting(
+        0.5, "WS with --mine_negatives: share of a negative slide's tiles that are mined ones (ours)", above=0, most=1
+    )
     buffer: int = setting(128, "WS: tiles collected before they are trained on, T (§3.2)", least=1)
     batch: int = setting(32, "tiles in a batch (§3.2)", least=1)
     learning_rate: float = setting(1e-3, "Adam's learning rate at the start (§3.2)", above=0)
@@ -275,6 +278,19 @@ def candidate_rows(
     rows = np.flatnonzero(allowed)
     rows = rows[np.argsort(slide[rows], kind="stable")]
     return np.split(rows, np.searchsorted(slide[rows], np.arange(1, len(labels))))
+
+
+def with_mined(rows: np.ndarray, mined: np.ndarray, config: Config, *, slide: int, number: int) -> np.ndarray:
+    """The tiles of a negative slide in round `number`, int [k or fewer]: its most probable ones, `rows` int [n], best first, less those
+    whose places tiles take that were mined with another model, `mined` int [m].
+
+    Of the k places `mined_share` are theirs, on average over the rounds where that is no whole number; which of them is drawn by
+    the seed. So what an earlier model mistook stays in the buffer when it is no longer among the slide's most probable tiles.
+    """
+    random = np.random.default_rng([config.seed, _MINED, number, slide])
+    taken = random.permutation(mined)[: int(config.mined_share * config.top_k + random.random())]
+    others = rows[~np.isin(rows, taken)][: config.top_k - len(taken)]
+    return np.concatenate([others, taken])
 
 
 def slide_scores(probability: np.ndarray, slide: np.ndarray, *, slides: int) -> np.ndarray:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.exports import write_json, write_table, write_text
-from experiments.run.distillation.training import METRIC, STAGE, DistillationStudy, Trained
+from experiments.run.distillation.training import AUC, METRIC, STAGE, DistillationStudy, Trained
 from experiments.run.evaluation import ITERATIONS
 from experiments.run.workdir import versions
-from srcc_jax.methods.reverse_distillation import FIXED_THRESHOLD
+from srcc_jax.methods.reverse_distillation import FIXED_THRESHOLD, Config
 from srcc_jax.metrics import Interval, Metric, accuracy, bootstrap, roc_auc, roc_curve, sensitivity, specificity
 from srcc_jax.report import Report, render
 
@@ -33,20 +33,27 @@ class Judged:
 def judge(study: DistillationStudy, trained: Trained) -> Judged:
     """Scores the test patches: AUROC, and accuracy, sensitivity and specificity at both thresholds."""
     row, label, score = study.scored(trained.variables, "test")
+    merit = measure(label, score, study.patches.unit[row], thresholds(trained), seed=study.config.seed)
+    return Judged(row, label, score, merit)
+
+
+def measure(
+    label: np.ndarray, score: np.ndarray, unit: np.ndarray, thresholds: Mapping[str, float], *, seed: int
+) -> dict[str, dict[str, Interval]]:
+    """metric -> "patch", and "patient" where patches share one -> interval. label (1: tumour), score, unit (whose a patch is) [n];
+    thresholds: name -> lowest score that is called tumour."""
     metrics: dict[str, Metric] = {"ROC AUC": roc_auc}
-    for where, threshold in thresholds(trained).items():
+    for where, threshold in thresholds.items():
         for name, metric in (("accuracy", accuracy), ("sensitivity", sensitivity), ("specificity", specificity)):
             metrics[f"{name} at the {where} threshold"] = functools.partial(metric, threshold=threshold)
-    unit = study.patches.unit[row]
     units = {"patch": None, "patient": unit} if len(set(unit)) < len(unit) else {"patch": None}
-    merit = {
+    return {
         name: {
-            kind: bootstrap(metric, label, score, units=groups, iterations=ITERATIONS, seed=study.config.seed)
+            kind: bootstrap(metric, label, score, units=groups, iterations=ITERATIONS, seed=seed)
             for kind, groups in units.items()
         }
         for name, metric in metrics.items()
     }
-    return Judged(row, label, score, merit)
 
 
 def thresholds(trained: Trained) -> dict[str, float]:
@@ -97,13 +104,13 @@ def _report(
     history = study.workdir.history(STAGE)
     curves = {
         name: (np.array([row["step"] for row in found]), np.array([row[name] for row in found]))
-        for name in ("loss", METRIC, "validation_auc")
+        for name in ("loss", METRIC, AUC)
         if (found := [row for row in history if name in row])
     }
     notes = [
         f"Thresholds: {FIXED_THRESHOLD:g} (§4.1), and {trained.metrics['threshold']:.4f}, the best on the validation patches.",
-        f"Selected by the validation accuracy at the {config.selection} threshold: step {trained.step}, "
-        f"{trained.metrics[METRIC]:.4f}. The test patches were scored once, after that.",
+        f"Selected by {_selected_by(config, trained)} on the validation patches: step {trained.step}. The test patches were scored "
+        "once, after that.",
         f"Intervals: percentile bootstrap, {ITERATIONS} resamples, seed {config.seed}.",
         *(
             f"{split}: {kinds['normal']} normal and {kinds['tumour']} tumour patches."
@@ -121,3 +128,9 @@ def _report(
         configuration=settings,
         versions=versions(),
     )
+
+
+def _selected_by(config: Config, trained: Trained) -> str:
+    if config.selection == "auc":
+        return f"ROC AUC, {trained.metrics[AUC]:.4f},"
+    return f"accuracy at the {config.selection} threshold, {trained.metrics[METRIC]:.4f},"

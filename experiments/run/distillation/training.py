@@ -32,7 +32,7 @@ from srcc_jax.models.distillation import DistillationArchitecture
 from srcc_jax.parallel import by_rows, put, whole
 from srcc_jax.train import Keep, TrainState, fit, init_state, make_train_step
 
-METRIC = "validation_accuracy"
+METRIC, AUC = "validation_accuracy", "validation_auc"
 STAGE = "train"
 
 
@@ -94,7 +94,8 @@ class DistillationStudy:
         adam = optax.adam(config.rate, b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_epsilon)
         tx = optax.flatten(adam)  # one vector instead of hundreds of arrays: less to compile, one update
         step_fn = make_train_step(make_loss(self.teacher, self.student, config, alpha=self.alpha), tx, self.mesh)
-        keep = Keep(metric=METRIC, mode="max", patience=config.patience)
+        selects = AUC if config.selection == "auc" else METRIC
+        keep = Keep(metric=selects, mode="max", patience=config.patience)
         with Checkpoints(str(self.workdir.path / "checkpoints")) as checkpoints:
             result = fit(
                 step_fn,
@@ -122,7 +123,7 @@ class DistillationStudy:
         return {
             METRIC: at_fixed if self.config.selection == "fixed" else accuracy_there,
             "validation_accuracy_at_2": at_fixed,
-            "validation_auc": float(roc_auc(tumour, score)),
+            AUC: float(roc_auc(tumour, score)),
             "threshold": threshold,
         }
 
@@ -175,7 +176,7 @@ class DistillationStudy:
         self.workdir.log(STAGE, step, row)
         if METRIC in row:
             print(
-                f"step {step}: validation accuracy {row[METRIC]:.4f}, AUC {row['validation_auc']:.4f}, "
+                f"step {step}: validation accuracy {row[METRIC]:.4f}, AUC {row[AUC]:.4f}, "
                 f"threshold {row['threshold']:.4f}",
                 flush=True,
             )

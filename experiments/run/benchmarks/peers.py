@@ -1,6 +1,6 @@
 """A network in torch and in JAX as two processes that take turns: each measures one round when it is asked to.
 
-python -m experiments.run.peers torch train b1 224 16      (a line of standard input is a round, the answer its seconds)
+python -m experiments.run.benchmarks.peers torch train b1 224 16      (a line of standard input is a round, the answer its seconds)
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.run.torch_peers import DENSE, torch_task
+from experiments.run.benchmarks.torch_peers import DENSE, torch_task
 
 if TYPE_CHECKING:
     from srcc_jax.models.architecture import Architecture
@@ -31,16 +31,17 @@ TORCH_MALLOC = {
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-class Peer:
-    """A child process that runs one task of one framework whenever `seconds` is called."""
+class Child:
+    """A process of a module of ours that measures a round whenever `seconds` is called: it answers a line with a number."""
 
-    def __init__(self, framework: str, task: str, network: str, side: int, batch: int):
-        environment = {**os.environ, **HUGE_PAGES, **(TORCH_MALLOC if framework == "torch" else {})}
-        line = [sys.executable, "-m", "experiments.run.peers", framework, task, network, str(side), str(batch)]
+    def __init__(self, module: str, *arguments: object, **environment: str):
         self._process = subprocess.Popen(
-            line, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", module, *map(str, arguments)],
+            env={**os.environ, **HUGE_PAGES, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        self.seconds()  # compiles, and warms the caches
 
     def seconds(self) -> float:
         """Seconds of one round."""
@@ -53,6 +54,25 @@ class Peer:
 
     def close(self) -> None:
         self._process.communicate()
+
+
+class Peer(Child):
+    """One task of one framework, compiled and its caches warm. module: the program of its process."""
+
+    def __init__(
+        self,
+        framework: str,
+        task: str,
+        network: str,
+        side: int,
+        batch: int,
+        *,
+        module: str = "experiments.run.benchmarks.peers",
+    ):
+        super().__init__(
+            module, framework, task, network, side, batch, **(TORCH_MALLOC if framework == "torch" else {})
+        )
+        self.seconds()
 
 
 def interleaved(one: Callable[[], float], other: Callable[[], float], *, rounds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -140,9 +160,13 @@ def _pixel_loss(model, *, prepare):
     return loss_fn
 
 
-def main(framework: str, task: str, network: str, side: str, batch: str) -> None:
-    """Answers each line of standard input with the seconds of one round."""
-    run = {"torch": torch_task, "jax": jax_task}[framework](task, network, int(side), int(batch))
+MakeTask = Callable[[str, str, int, int], Callable[[], None]]
+"""(task, network, side, batch) -> one round of it."""
+
+
+def serve(tasks: Mapping[str, MakeTask], framework: str, task: str, network: str, side: str, batch: str) -> None:
+    """Answers each line of standard input with the seconds of one round. tasks: by framework."""
+    run = tasks[framework](task, network, int(side), int(batch))
     for _ in sys.stdin:
         began = time.perf_counter()
         run()
@@ -150,4 +174,4 @@ def main(framework: str, task: str, network: str, side: str, batch: str) -> None
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve({"torch": torch_task, "jax": jax_task}, *sys.argv[1:])

@@ -19,7 +19,7 @@ def torch_task(task: str, network: str, side: int, batch: int) -> Callable[[], N
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = _network(network).to(memory_format=torch.channels_last)
+    model = untrained_network(network).to(memory_format=torch.channels_last)
     image = torch.randn(batch, 3, side, side).to(memory_format=torch.channels_last)
     if task == "infer":
         model.eval()
@@ -41,7 +41,7 @@ def torch_task(task: str, network: str, side: int, batch: int) -> Callable[[], N
     return train
 
 
-def _network(name: str) -> Any:
+def untrained_network(name: str) -> Any:
     """Untrained, with one class: torchvision's where it has the network, else timm's; the U-Net is in neither."""
     import torch
 

@@ -26,9 +26,9 @@ from data_pipelines.cohort import SlideRecord
 from data_pipelines.exports import write_table
 from data_pipelines.prepare import PreparedSlide, prepare_slide
 from data_pipelines.tiles import Tiles
-from experiments.run import pipeline_torch
+from experiments.run.benchmarks import pipeline_torch
+from experiments.run.benchmarks.peers import HUGE_PAGES, TORCH_MALLOC
 from experiments.run.model import Model
-from experiments.run.peers import HUGE_PAGES, TORCH_MALLOC
 from experiments.run.program import UsageError
 
 Options = Mapping[str, Any]

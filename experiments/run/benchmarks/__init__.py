@@ -1,0 +1,1 @@
+"""What BENCHMARKS.md measures, section by section, with the peers in torch and other programs that it measures against."""

@@ -1,0 +1,1 @@
+"""Cell detection: inference, training in rounds, its model on disk, regions cut from slides, evaluation, report."""

@@ -1,0 +1,1 @@
+"""Supervised patch classifiers over grids of patches: cutting, training, model on disk, prediction of slides."""

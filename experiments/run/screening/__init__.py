@@ -1,0 +1,1 @@
+"""Gastric screening: its stages, their data, its model on disk, its tables."""

@@ -1,0 +1,114 @@
+"""The tables of Yu et al. 2019 with our rows in them: mean and standard deviation over the repeats, and every repeat's counts."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.exports import write_json, write_text
+from experiments.run.screening.judging import shown
+from srcc_jax.methods.gastric_screening import Config
+from srcc_jax.methods.gastric_screening_paper import ROWS, SCREENING, SEGMENTATION, SITES
+from srcc_jax.metrics import Interval
+from srcc_jax.report import markdown_table
+
+SCREENING_COLUMNS = ("model", "sensitivity", "specificity", "average precision", "ROC AUC")
+SEGMENTATION_COLUMNS = ("model", "Dice, all pixels", "Dice, mean of slides or images")
+SITE_COLUMNS = ("site", "year", "total", "positive", "negative", "sensitivity", "specificity")
+ERROR_COLUMNS = ("column", "value", "slides", "missed", "falsely called")
+
+
+def write_tables(folder: pathlib.Path, config: Config, results: Sequence[Mapping[str, Any]]) -> None:
+    """tables.md, and summary.json with the numbers of every repeat. results: what each repeat's run gave."""
+    name = row_name(config.model)
+    text = "\n".join([*_screening(name, results), *_segmentation(name, results), *_sites(results), *_errors(results)])
+    write_text(folder / "tables.md", text)
+    write_json(folder / "summary.json", {"model": config.model, "repeats": list(results)})
+    print(text, flush=True)
+
+
+def row_name(model: str) -> str:
+    """How the paper's Table 1 calls a --model; networks that it does not have keep their names."""
+    return ROWS[model][0] if model in ROWS else model
+
+
+def screening_rows(name: str, results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Our rows of Table 1, at 0.74 and at the validation threshold."""
+    judged = [result["slides"] for result in results if "slides" in result]
+    rows = []
+    for kind in ("fixed", "validation") if judged else ():
+        at = {"fixed": f"{judged[0][kind]['threshold']:g}", "validation": "the validation threshold"}[kind]
+        shares = [_over([found[kind][share] for found in judged]) for share in ("sensitivity", "specificity")]
+        areas = [_over([found[n] for found in judged if n in found]) for n in ("average precision", "ROC AUC")]
+        rows.append([f"{name}, ours at {at}", *shares, *areas])
+    return rows
+
+
+def segmentation_row(name: str, results: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """Our row of the Dice coefficients; None of a network without a map."""
+    judged = [found for result in results if "Dice of pixels" in (found := result.get("patches", {}))]
+    if not judged:
+        return None
+    return [f"{name}, ours", *(spread([found[n] for found in judged]) for n in ("Dice of pixels", "Dice of units"))]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation over several repeats (of a sample)."""
+    mean = f"{np.mean(values):.4f}"
+    return f"{mean} ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else mean
+
+
+def _over(intervals: Sequence[Interval]) -> str:
+    """One interval as it is, several as their spread."""
+    if not intervals:
+        return ""
+    return shown(intervals[0]) if len(intervals) == 1 else spread([interval.value for interval in intervals])
+
+
+def _screening(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
+    ours = screening_rows(name, results)
+    if not ours:
+        return []
+    paper = [
+        [f"{model}, paper", *(f"{v:.4f}" for v in (sens, spec, area)), ""]
+        for model, (sens, spec, area, *_) in SCREENING.items()
+    ]
+    about = "95 % intervals: Wilson with continuity correction, bootstrap by patient for areas; several repeats: mean ± standard deviation."
+    return ["## Table 1, slides", "", about, "", markdown_table([*ours, *paper], SCREENING_COLUMNS)]
+
+
+def _segmentation(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
+    ours = segmentation_row(name, results)
+    areas = [found for result in results if "average precision" in (found := result.get("patches", {}))]
+    text = []
+    if areas:
+        numbers = [_over([found[metric] for found in areas]) for metric in ("average precision", "ROC AUC")]
+        text = [
+            "## Patches",
+            "",
+            markdown_table([[f"{name}, ours", *numbers]], SCREENING_COLUMNS[:1] + SCREENING_COLUMNS[3:]),
+        ]
+    if ours:
+        paper = [[f"{model}, paper", f"{mean:.4f} ± {sd:.4f}", ""] for model, (mean, sd) in SEGMENTATION.items()]
+        text += ["## Segmentation, §5.2", "", markdown_table([ours, *paper], SEGMENTATION_COLUMNS)]
+    return text
+
+
+def _sites(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [[*row.values()] for result in results for row in result.get("sites", ())]
+    if not rows:
+        return []
+    ours = [[*row[:5], *map(shown, row[5:])] for row in rows]
+    paper = [
+        [f"{site}, paper", year, str(total), str(positive), str(negative), f"{sensitivity:.4f}", f"{specificity:.4f}"]
+        for site, year, total, positive, negative, sensitivity, specificity in SITES
+    ]
+    return ["## Table 3, sites and years, every repeat", "", markdown_table([*ours, *paper], SITE_COLUMNS)]
+
+
+def _errors(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [[row[name] for name in ERROR_COLUMNS] for result in results for row in result.get("errors", ())]
+    return ["## Errors, §6.2, every repeat", "", markdown_table(rows, ERROR_COLUMNS)] if rows else []

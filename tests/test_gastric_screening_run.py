@@ -1,0 +1,392 @@
+"""The command that a user runs: every stage on drawn slides, killed and continued, judged; lists of patches; its refusals."""
+
+import csv
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+from data_pipelines.annotations import write_asap_xml
+from data_pipelines.lesion_masks import read_mask
+from data_pipelines.masked_patches import read_masks
+from data_pipelines.patches import PatchBatch, read_patches
+from data_pipelines.polygons import Shape
+from data_pipelines.pyramids import write_pyramid
+from data_pipelines.slides import open_slide
+from experiments.run.program import UsageError
+from experiments.run.screening import fitting, gates
+from experiments.run.screening.features import top_patches
+from experiments.run.screening.glas import write_glas
+from experiments.run.screening.judging import JudgedSlides, judge_patches, read_results
+from experiments.run.screening.model import PICTURE, ScreeningModel
+from experiments.run.workdir import Workdir, WorkdirError
+from srcc_jax.methods.gastric_screening import MODELS, Config
+from srcc_jax.models import zoo
+from srcc_jax.models.blur import BlurNet
+from srcc_jax.models.layers import init_variables
+from srcc_jax.train import fit
+from tests import programs
+from tests.small_training import assert_same_bits
+
+SPLITS = {"train": (3, 3), "validation": (2, 2), "test": (2, 3)}  # malignant and benign slides
+SIDE, MPP = 384, 1.0
+SETTINGS = {
+    "model": "tiny", "tile": 64, "stride": 64, "mpp": MPP, "mask_mpp": 2.0, "top_k": 8, "width": 16, "thumbnail": 64,
+    "foreground_epochs": 2, "multitask_epochs": 4, "screening_epochs": 20, "blur_epochs": 2, "foreground_batch": 4,
+    "multitask_batch": 8, "screening_batch": 4, "blur_batch": 8, "blur_side": 32, "blur_patches": 3, "threads": 1,
+    "learning_rate": 3e-3, "noise": 2, "contrast": 0.05, "plateau_patience": 0,
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the program expects it, and it writes nothing."""
+
+
+def draw_slide(path, random, *, lesion, tissue=SIDE - 64):
+    """Pink tissue with fine noise; lesion is dark, with a hole in it. Returns its outline, drawn too wide, over the glass."""
+    rgb = np.full((SIDE, SIDE, 3), 243, np.uint8)
+    rgb[:tissue, :tissue] = random.integers((170, 90, 150), (230, 140, 210), (tissue, tissue, 3))
+    if lesion:
+        rgb[200:tissue, 200:tissue] = random.integers((60, 20, 90), (110, 60, 150), (tissue - 200, tissue - 200, 3))
+    write_pyramid(path, rgb, mpp=MPP, compression="lzw")
+    outline = np.array([(200, 200), (350, 200), (350, 350), (200, 350)], float)
+    hole = np.array([(210, 210), (230, 210), (230, 230), (210, 230)], float)
+    return Shape("polygon", outline, (hole,), name="lesion", group="lesion")
+
+
+def draw_cohort(folder):
+    random, rows = np.random.default_rng(0), []
+    for split, counts in SPLITS.items():
+        for label, count in zip(("malignant", "benign"), counts):
+            for number in range(count):
+                name = f"{split}_{label}_{number}"
+                shape = draw_slide(folder / f"{name}.tiff", random, lesion=label == "malignant")
+                annotation = ""
+                if label == "malignant":
+                    annotation = f"{name}.xml"
+                    write_asap_xml(folder / annotation, [shape])
+                rows.append(
+                    f"{name},{name}.tiff,{label},{name},{split},{annotation},{'AB'[number % 2]},2018,{label[:3]}"
+                )
+    header = "slide_id,path,label,patient_id,split,annotation,site,year,subtype"
+    white = np.full((SIDE, SIDE, 3), 243, np.uint8)
+    write_pyramid(folder / "empty.tiff", white, mpp=MPP)
+    rows.append("empty,empty.tiff,benign,empty,test,,A,2018,ben")
+    (folder / "cohort.csv").write_text("\n".join([header, *rows]) + "\n")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What every run starts from, and a cache so that the second compiles nothing."""
+    folder = tmp_path_factory.mktemp("runs")
+    draw_cohort(folder)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    cache = {"jax_compilation_cache_dir": str(folder / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    for name, value in {"jax_disable_most_optimizations": True, **cache}.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it looks for its folder once
+    yield folder
+    defaults = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0}
+    for name, value in {"jax_disable_most_optimizations": False, **defaults}.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def start(runs, workdir, **changes):
+    values = {"cohort": runs / "cohort.csv", "workdir": runs / workdir, **SETTINGS, **changes}
+    with programs.imported("gastric_screening") as module:
+        return programs.start(module, **{name: value for name, value in values.items() if value is not None})
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    outcome = start(runs, "whole")
+    assert outcome.status == 0, outcome.err
+    return runs / "whole", outcome
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_a_model_and_tables(whole):
+    workdir, outcome = whole
+    assert outcome.out.splitlines()[-1] == f"finished: {workdir}"
+    result = read_results(workdir / "metrics.json")
+    slides = result["slides"]
+    assert (slides["slides"], slides["positive"]) == (5, 2)  # the empty one has no verdict
+    assert slides["fixed"]["threshold"] == 0.74 and slides["ROC AUC"].value == 1
+    assert result["patches"]["Dice of pixels"] > 0.5 and result["patches"]["ROC AUC"].value > 0.9
+    assert [(row["site"], row["total"]) for row in result["sites"]] == [("A", 3), ("B", 2)]
+    assert {row["column"] for row in result["errors"]} == {"site", "year", "subtype"}
+    table = rows_of(workdir / "slides.csv")
+    assert {row["label"] for row in table} == {"malignant", "benign"} and table[0]["site"] in "AB"
+    text = (workdir / "tables.md").read_text()
+    for words in ("ours at 0.74", "ResNet-34, paper", "0.8331 ± 0.0101", "SGH, paper", "falsely called"):
+        assert words in text
+    page = (workdir / "report.html").read_text()
+    for words in ("sensitivity at the fixed threshold", "average precision", "Receiver operating", "empty: no tile"):
+        assert words in page
+    assert (workdir / "failed_slides.csv").read_text().count("empty,") == 1
+
+
+def test_refined_masks_are_the_stained_part_of_the_outline(whole):
+    workdir, _ = whole
+    rows = rows_of(workdir / "refine.csv")
+    assert len(rows) == 7
+    tissue, hole = (SIDE - 64 - 200) ** 2, 20**2
+    for row in rows:
+        assert float(row["outlined_mm2"]) == pytest.approx((150**2 - hole) * 1e-6, rel=1e-3)
+        assert float(row["kept_mm2"]) == pytest.approx((tissue - hole) * 1e-6, rel=0.03)
+        assert read_mask(workdir / "masks" / f"{row['slide_id']}.tiff").shape == (SIDE // 2, SIDE // 2)
+
+
+def test_the_learning_rate_follows_the_recorded_losses(whole):
+    workdir, _ = whole
+    plateau = Config(learning_rate=3e-3, plateau_patience=0).plateau
+    for stage in ("foreground", "multitask", "screening", "blur"):
+        rows = [row for row in Workdir(workdir).history(stage) if "validation_loss" in row]
+        losses = [row["validation_loss"] for row in rows]
+        for number, row in enumerate(rows):
+            assert row["learning_rate"] == pytest.approx(plateau.rate(losses[:number]), rel=1e-6)
+
+
+def test_features_are_those_of_the_most_malignant_patches(whole):
+    workdir, _ = whole
+    for name, lesion in (("test_malignant_0", True), ("test_benign_0", False)):
+        with np.load(workdir / "features" / f"{name}.npz") as file:
+            assert len(file["logit"]) == min(8, int(file["tiles"])) and file["features"].shape[1] == 16
+            assert (np.diff(file["logit"]) <= 0).all()
+            if lesion:
+                assert file["x"][0] >= 192 and file["y"][0] >= 192
+
+
+def test_few_patches_are_all_taken_and_those_unread_are_not():
+    logit = np.array([0.1, np.nan, 3.0, 3.0, -1.0], np.float32)
+    assert top_patches(logit, k=3).tolist() == [2, 3, 0]
+    assert top_patches(logit, k=64).tolist() == [2, 3, 0, 4]
+
+
+def test_the_model_on_disk_is_the_trained_networks(whole, tmp_path):
+    workdir, _ = whole
+    model = ScreeningModel.load(workdir)
+    assert set(model.variables) == {"patches", "screening", "foreground", "blur"}
+    assert model.architecture.name == MODELS["tiny"][0] and (model.positive, model.grid.tile) == ("malignant", 64)
+    assert (model.screening.threshold, model.screening.features, model.gates.blur_side) == (0.74, 16, 32)
+    thresholds = json.loads((workdir / "metrics.json").read_text())["thresholds"]
+    assert thresholds == {"fixed": 0.74, "validation": model.screening.validation_threshold}
+    found = zoo.build(model.architecture).apply(model.variables["patches"], np.zeros((1, 64, 64, 3)), train=False)
+    assert found["dense"].shape == (1, 64, 64, 1)
+    shutil.copytree(workdir, tmp_path / "other", ignore=shutil.ignore_patterns("masks", "features", "tiles"))
+    card = json.loads((tmp_path / "other" / "model.json").read_text())
+    (tmp_path / "other" / "model.json").write_text(json.dumps({**card, "checksum": "0"}))
+    with pytest.raises(WorkdirError, match="their checksum differs"):
+        ScreeningModel.load(tmp_path / "other")
+    with pytest.raises(WorkdirError, match="holds no model of gastric screening"):
+        ScreeningModel.load(workdir / "blur")
+
+
+def test_the_same_command_again_does_nothing_new(runs, whole):
+    workdir, first = whole
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("weights.npz")}
+    log = (workdir / "metrics.jsonl").read_bytes()
+    again = start(runs, "whole")
+    assert again.status == 0 and (workdir / "metrics.jsonl").read_bytes() == log
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("weights.npz")} == before
+    assert [line for line in again.out.splitlines() if line.startswith("|")] == [
+        line for line in first.out.splitlines() if line.startswith("|")
+    ]
+
+
+def test_killed_at_any_place_a_run_ends_with_the_same_bits(runs, whole, monkeypatch):
+    """Killed twice within epochs, once while features are made, stage by stage and all together."""
+    moments = iter([3, 17, 40])
+    moment = next(moments)
+    steps = 0
+
+    def dying(step_fn, *rest, **options):
+        def step(state, batch):
+            nonlocal steps
+            steps += 1
+            if steps == moment:
+                raise Killed
+            return step_fn(state, batch)
+
+        return fit(step, *rest, **options)
+
+    monkeypatch.setattr(fitting, "fit", dying)
+    kills = 0
+    for _ in range(4):
+        try:
+            outcome = start(runs, "killed")
+        except Killed:
+            kills, moment = kills + 1, next(moments, -1)
+            steps = moment if moment < 0 else steps
+            continue
+        break
+    assert kills == 3 and outcome.status == 0, outcome.err
+    mine, theirs = (ScreeningModel.load(runs / name) for name in ("killed", "whole"))
+    assert_same_bits(mine.variables, theirs.variables)
+    assert (runs / "killed" / "slides.csv").read_bytes() == (runs / "whole" / "slides.csv").read_bytes()
+
+
+def test_stages_go_one_by_one(runs, whole):
+    workdir = runs / "stages"
+    early = programs.one_line(start(runs, "stages", stage="features"))
+    assert "run --stage=multitask first" in early
+    shutil.copytree(runs / "whole" / "multitask", workdir / "multitask")
+    shutil.copytree(runs / "whole" / "masks", workdir / "masks")
+    assert start(runs, "stages", stage="features").status == 0
+    assert start(runs, "stages", stage="screening").status == 0
+    mine, theirs = (np.load(runs / name / "screening" / "weights.npz") for name in ("stages", "whole"))
+    for name in theirs:
+        np.testing.assert_array_equal(mine[name], theirs[name])
+    assert not (workdir / "model.json").exists() and not (workdir / "metrics.json").exists()
+
+
+def test_a_corrected_annotation_is_refined_again_and_not_mixed_with_the_old(runs, whole):
+    shutil.copytree(runs / "whole", runs / "corrected")
+    (runs / "corrected" / "metrics.json").unlink()
+    annotation = runs / "train_malignant_0.xml"
+    before = annotation.read_bytes()
+    try:
+        smaller = np.array([(240, 240), (350, 240), (350, 350), (240, 350)], float)
+        write_asap_xml(annotation, [Shape("polygon", smaller, name="a", group="lesion")])
+        assert start(runs, "corrected", stage="refine").status == 0
+        row = next(row for row in rows_of(runs / "corrected" / "refine.csv") if row["slide_id"] == "train_malignant_0")
+        assert float(row["earlier_mm2"]) > float(row["kept_mm2"]) and 0.5 < float(row["dice_with_earlier"]) < 0.9
+        refused = programs.one_line(start(runs, "corrected", stage="multitask"))
+        assert "begun on other examples" in refused and "give another --workdir" in refused
+    finally:
+        annotation.write_bytes(before)
+
+
+def write_patches(folder):
+    """Dark squares are lesion; a malignant patch without any, and one whose mask is empty, are among them."""
+    random, rows = np.random.default_rng(5), []
+    for number in range(24):
+        image = random.integers((170, 90, 150), (230, 140, 210), (32, 32, 3)).astype(np.uint8)
+        mask = np.zeros((32, 32), np.uint8)
+        malignant = number % 2 == 0
+        if malignant and number not in (0, 2):
+            mask[8:24, 8:24] = 1
+            image[8:24, 8:24] //= 3
+        Image.fromarray(image).save(folder / f"p{number}.png")
+        Image.fromarray(mask).save(folder / f"m{number}.png")
+        name = "" if number == 0 else f"m{number}.png"
+        rows.append(f"p{number}.png,{'malignant' if malignant else 'benign'},{name},s{number // 2}_{number % 2}")
+    (folder / "patches.csv").write_text("\n".join(["path,label,mask,slide_id", *rows]) + "\n")
+    return folder / "patches.csv"
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny_single"])
+def test_patches_with_masks_are_enough_for_the_multi_task_network(runs, tmp_path, model):
+    listing = write_patches(tmp_path)
+    shape = {"model": model, "tile": 32, "multitask_epochs": 3, "repeats": 2}
+    outcome = start(runs, f"patches_{model}", cohort=None, patches=listing, **shape)
+    assert outcome.status == 0, outcome.err
+    found = [read_results(runs / f"patches_{model}" / f"repeat_{number}" / "metrics.json") for number in (0, 1)]
+    for result in found:
+        assert sum(sum(kinds.values()) for kinds in result["examples"].values()) == 24
+        assert ("Dice of pixels" in result["patches"]) == (model == "tiny")
+    assert found[0]["examples"].keys() == {"train", "validation", "test"}
+    assert "±" in (runs / f"patches_{model}" / "tables.md").read_text()
+
+
+def test_what_does_not_fit_is_one_line(runs, tmp_path):
+    listing = write_patches(tmp_path)
+    for changes, words in (
+        ({"patches": listing}, "give one of --cohort (slides) and --patches"),
+        ({"cohort": None, "patches": listing, "stage": "blur"}, "--stage=blur needs slides"),
+        ({"tile": 50}, "--tile=50 must be a multiple of 32"),
+        ({"positive": "srcc"}, "has no positive slide"),
+        ({"screening_batch": 6}, "every batch must be a multiple of 4"),
+        ({"pretrained": listing}, "patches.csv"),
+    ):
+        assert words in programs.one_line(start(runs, "refused", **changes))
+
+
+class Radii:
+    """Patches whose every pixel tells how far out of focus they are."""
+
+    def __init__(self, radius):
+        self.radius = radius
+
+    def read(self, rows, *, size):
+        image = np.zeros((size, 16, 16, 3), np.uint8)
+        image[: len(rows)] = (20 * self.radius[rows]).astype(np.uint8)[:, None, None, None]
+        weight = np.zeros(size, np.float32)
+        weight[: len(rows)] = 1
+        return PatchBatch({"image": image, "weight": weight}, {})
+
+
+def test_the_blur_gate_is_judged_by_radius():
+    radius = np.tile([0.0, 2.0, 4.0, 6.0], 3)
+    variables = init_variables(BlurNet(), jax.random.key(0), PICTURE)
+    table = gates.blur_by_radius(variables, Radii(radius), radius, np.arange(12))
+    assert [row["radius_um"] for row in table] == [0, 2, 4, 6] and "ROC AUC" not in table[0]
+    areas = {row["ROC AUC"] for row in table[1:]}
+    assert areas <= {0.0, 1.0} and all(row["patches"] == 3 for row in table)
+    rows = [{"radius_um": r, "called": c} for r, c in ((0.0, 0.1), (1.0, 0.4), (3.0, 0.8), (5.0, 0.9))]
+    assert gates.turning_radius(rows) == pytest.approx(1.5)
+    assert gates.turning_radius(rows[:2]) is None
+
+
+def test_the_foreground_network_finds_tissue_on_a_slide(runs, whole):
+    model = ScreeningModel.load(whole[0])
+    truth = np.zeros((48, 48), bool)
+    truth[:40, :40] = True
+    finder = gates.ForegroundFinder(model.variables["foreground"], model.gates)
+    with open_slide(runs / "test_benign_0.tiff") as slide:
+        rows = gates.tissue_agreement(finder, slide, truth)
+        assert finder.mask(slide, shape=(7, 9)).shape == (7, 9)
+    found = {row["method"]: row["IoU"] for row in rows}
+    assert found["otsu threshold"] > 0.9 and set(found) == {
+        "foreground network", "otsu threshold", "stain threshold", "saturation threshold",
+    }  # fmt: skip
+
+
+def test_glas_becomes_a_list_of_crops_with_masks(tmp_path):
+    source = tmp_path / "glas"
+    source.mkdir()
+    random = np.random.default_rng(0)
+    mask = np.zeros((60, 90), np.uint8)
+    mask[:, 45:] = 3
+    for name in ("train_1", "testA_2"):
+        Image.fromarray(random.integers(0, 255, (60, 90, 3), np.uint8)).save(source / f"{name}.png")
+        Image.fromarray(mask).save(source / f"{name}_anno.png")
+    header = "name,patient ID,grade (GlaS),grade (Sirinukunwattana et al. 2015)"
+    (source / "Grade.csv").write_text(f"{header}\ntrain_1,1, benign,x\ntestA_2,2, malignant,y\nabsent,3,benign,z\n")
+    listing = write_glas(source, tmp_path / "out", reduce=2, side=24)
+    patches = read_patches(listing)
+    assert len(patches) == 2 * 2 and sorted(set(patches.label.tolist())) == ["benign", "malignant"]
+    assert set(patches.slide_id) == {"train_1", "testA_2"}
+    masks = [read_mask(path) for path in read_masks(listing, patches)]
+    assert [found.mean() for found in masks[:2]] == pytest.approx([1 / 24, 1], abs=0.06)
+    with pytest.raises(UsageError, match="hold no crop of 64"):
+        write_glas(source, tmp_path / "other", reduce=2, side=64)
+
+
+def test_judged_patches_and_slides_by_hand():
+    found = {
+        "label": np.array([1, 0, 1, 0]),
+        "logit": np.array([2.0, 1.0, 0.0, -1.0]),
+        "tp": np.array([6, 0, 0, 0]),
+        "fp": np.array([2, 0, 0, 0]),
+        "fn": np.array([3, 0, 4, 0]),
+    }
+    merit = judge_patches(found, np.array(["a", "b", "c", "b"]), seed=0)
+    assert merit["Dice of pixels"] == pytest.approx(12 / 21) and merit["Dice of units"] == pytest.approx(12 / 17 / 2)
+    assert merit["average precision"].value == pytest.approx(5 / 6) and merit["ROC AUC"].value == 0.75
+    one_class = {name: values[[1, 3]] for name, values in found.items()}
+    assert "ROC AUC" not in judge_patches(one_class, np.array(["b", "b"]), seed=0)
+    slides = JudgedSlides.of([], np.zeros(0), np.zeros(0), {})
+    assert slides.sites(0.74) == [] and slides.errors(0.74) == []
