@@ -12,9 +12,8 @@ from PIL import Image
 from data_pipelines.annotations import AnnotationError
 from data_pipelines.cohort_rows import listed
 from data_pipelines.lesion_masks import TileMasks, read_mask
-from data_pipelines.patches import PatchBatch, Patches, PatchesError, PatchReader
+from data_pipelines.patches import PatchBatch, Patches, PatchesError, PatchReader, fill_batch
 from data_pipelines.shelf import Shelf
-from data_pipelines.slides import RegionError, SlideError
 from data_pipelines.tiles import Tiles
 
 
@@ -85,23 +84,11 @@ class MaskedTileReader:
     def read(self, rows: np.ndarray, *, size: int) -> PatchBatch:
         """The batch of these rows, filled up with padding to `size`."""
         side = self.tiles.tile
-        arrays: dict[str, np.ndarray] = {
-            "image": np.zeros((size, side, side, 3), np.uint8),
-            "mask": np.zeros((size, side, side), np.uint8),
-            "label": np.zeros(size, np.float32),
-            "weight": np.zeros(size, np.float32),
-            "row": np.full(size, -1, np.int32),
-        }
-        failed: dict[int, str] = {}
-        for place, row in enumerate(rows):
-            arrays["row"][place], arrays["label"][place] = row, self.target[row]
-            try:
-                arrays["image"][place] = self._pixels(int(row))
-            except (RegionError, SlideError) as error:
-                failed[int(row)] = str(error)
-            else:
-                arrays["mask"][place], arrays["weight"][place] = self.masks.mask(int(row), side), 1
-        return PatchBatch(arrays, failed)
+        batch = fill_batch(rows, self._pixels, self.target, size=size, side=side)
+        mask = np.zeros((size, side, side), np.uint8)
+        for place in np.flatnonzero(batch.arrays["weight"]):
+            mask[place] = self.masks.mask(int(rows[place]), side)
+        return PatchBatch({**batch.arrays, "mask": mask}, batch.failed)
 
     def _pixels(self, row: int) -> np.ndarray:
         tiles = self.tiles

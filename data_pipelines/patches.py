@@ -21,6 +21,7 @@ from data_pipelines.cohort_rows import SPLIT_NAMES, listed
 from data_pipelines.exports import write_table
 from data_pipelines.mosaics import class_folders
 from data_pipelines.scan import work_ahead
+from data_pipelines.slides import RegionError, SlideError
 from data_pipelines.tile_sets import SUFFIX, TileSetError, is_tile, is_tile_set, read_tile, read_tile_set
 
 _ROWS, _DRAWS = 0, 1  # purposes that a run's seed is folded with
@@ -198,29 +199,44 @@ class PatchReader:
 
     def read(self, rows: np.ndarray, *, size: int) -> PatchBatch:
         """The batch of these rows, filled up with padding to `size`."""
-        arrays: dict[str, np.ndarray] = {
-            "image": np.zeros((size, self.side, self.side, 3), np.uint8),
-            "label": np.zeros(size, np.float32),
-            "weight": np.zeros(size, np.float32),
-            "row": np.full(size, -1, np.int32),
-        }
-        failed: dict[int, str] = {}
-        for place, row in enumerate(rows):
-            arrays["row"][place], arrays["label"][place] = row, self.target[row]
-            try:
-                arrays["image"][place] = self._pixels(self.patches.path[row])
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                failed[int(row)] = f"{self.patches.path[row]}: no image can be read from it ({error})"
-            else:
-                arrays["weight"][place] = 1
-        return PatchBatch(arrays, failed)
+        return fill_batch(rows, self._pixels, self.target, size=size, side=self.side)
 
-    def _pixels(self, path: Path) -> np.ndarray:
-        with read_tile(path) if path.suffix == SUFFIX else Image.open(path) as image:
-            pixels = image.convert("RGB")
+    def _pixels(self, row: int) -> np.ndarray:
+        path = self.patches.path[row]
+        try:
+            with read_tile(path) if path.suffix == SUFFIX else Image.open(path) as image:
+                pixels = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise PatchesError(f"{path}: no image can be read from it ({error})") from error
         if pixels.size != (self.side, self.side):
             pixels = pixels.resize((self.side, self.side), Image.Resampling.BILINEAR)
         return np.asarray(pixels)
+
+
+def fill_batch(
+    rows: np.ndarray, pixels: Callable[[int], np.ndarray], target: np.ndarray, *, size: int, side: int
+) -> PatchBatch:
+    """The batch of `size` patches of `side` pixels whose first are those of rows int [n] of a table; the rest is padding.
+
+    pixels: row to uint8 [side, side, 3]; where it raises PatchesError, RegionError or SlideError the patch counts as failed. target
+    float [N]: of the table.
+    """
+    arrays: dict[str, np.ndarray] = {
+        "image": np.zeros((size, side, side, 3), np.uint8),
+        "label": np.zeros(size, np.float32),
+        "weight": np.zeros(size, np.float32),
+        "row": np.full(size, -1, np.int32),
+    }
+    failed: dict[int, str] = {}
+    for place, row in enumerate(rows):
+        arrays["row"][place], arrays["label"][place] = row, target[row]
+        try:
+            arrays["image"][place] = pixels(int(row))
+        except (PatchesError, RegionError, SlideError) as error:
+            failed[int(row)] = str(error)
+        else:
+            arrays["weight"][place] = 1
+    return PatchBatch(arrays, failed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from experiments.run import settings as settings_module
 from experiments.run.distillation.report import measure
 from experiments.run.grids.cutting import cut_grids
 from experiments.run.grids.model import GridModel
-from experiments.run.grids.training import METRIC, STAGE, GridStudy, TrainedGrids
+from experiments.run.grids.training import METRIC, STAGE, GridStudy
 from experiments.run.program import Stop, UsageError, run, start_devices
 from experiments.run.settings import config_from_flags, define_flags
 from experiments.run.starting import arithmetic, pretrained_hash, pretrained_network, random_network
@@ -39,6 +39,7 @@ from srcc_jax.models.architecture import Architecture
 from srcc_jax.models.zoo import CLASSIFIERS, SOURCES
 from srcc_jax.parallel import make_mesh
 from srcc_jax.report import Report, render
+from srcc_jax.train import BestCheckpoint
 
 define_flags(Config)
 flags.adopt_module_key_flags(settings_module)  # so that --help lists the method's numbers, not --helpfull alone
@@ -117,7 +118,7 @@ def settings(config: Config, net: Architecture, patches: Patches | None) -> dict
 
 
 def write_results(
-    study: GridStudy, trained: TrainedGrids, thresholds: dict[str, float], decisive: dict[str, Any]
+    study: GridStudy, trained: BestCheckpoint, thresholds: dict[str, float], decisive: dict[str, Any]
 ) -> None:
     """patches.csv, report.html and, last, metrics.json: where it is, the test patches have been looked at."""
     folder, patches = study.workdir.path, study.patches
@@ -142,7 +143,7 @@ def write_results(
         + (", CRF" if study.config.with_crf else ""),
         summary=merit,
         notes=[f"Selected by the validation accuracy at 0.5: step {trained.step}, {trained.metrics[METRIC]:.4f}."],
-        warnings=sorted(study.unreadable.values()),
+        warnings=sorted(study.feed.unreadable.values()),
         roc={study.architecture.name: roc_curve(label, score)},
         training=curves,
         configuration=decisive,

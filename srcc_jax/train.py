@@ -183,6 +183,23 @@ class Keep:
         return self.patience is not None and best.since >= self.patience
 
 
+@dataclasses.dataclass(frozen=True)
+class BestCheckpoint:
+    """variables: {"params", "batch_stats", ...} on the devices; metrics: of its evaluation."""
+
+    variables: dict[str, Any]
+    step: int
+    metrics: Mapping[str, float]
+
+
+def best_checkpoint(keep: Keep, checkpoints: Checkpoints, state: TrainState) -> BestCheckpoint:
+    """What a finished fit hands on. state: any of the same fit."""
+    step = keep.best_of(checkpoints).step
+    assert step is not None
+    found = checkpoints.restore({"params": state.params, "stats": state.stats}, step)
+    return BestCheckpoint({"params": found["params"], **found["stats"]}, step, checkpoints.metrics[step])
+
+
 _SINCE = "evaluations_since_best"  # kept among the metrics of a checkpoint, for a restart
 
 

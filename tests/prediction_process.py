@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 import time
 
@@ -69,3 +70,30 @@ def wait_for_changes(out, count, process):
 def half_done(out):
     journals = [Journal.load(path) for path in out.glob("state/*/scores.npz")]
     return sum(0 < journal.seen.sum() < len(journal.seen) for journal in journals)
+
+
+def check_kills(root, changes, **values):
+    """Predicts slides, of which something cannot be read, into root/whole in peace and into root/killed with a kill after each number
+    of changes of the state: both leave the same bytes, and a kill met a slide half done."""
+
+    def begin(name):
+        log, cache = root / f"{name}.log", root / "compiled"
+        return start(log, out=root / name, compilation_cache=cache, save_seconds=0, **values)
+
+    def end(process, name):
+        process.join(PATIENCE_SECONDS)
+        assert process.exitcode == 1, (root / f"{name}.log").read_text()
+
+    end(begin("whole"), "whole")
+    inside = 0
+    for count in changes:
+        process = begin("killed")
+        wait_for_changes(root / "killed", count, process)
+        assert process.is_alive(), (root / "killed.log").read_text()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        inside += half_done(root / "killed") > 0
+    end(begin("killed"), "killed")
+    assert inside and " goes on after " in (root / "killed.log").read_text()
+    assert results_of(root / "killed") == results_of(root / "whole")

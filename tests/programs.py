@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -65,8 +66,10 @@ def start(module, *line, **values):
 
 
 @contextlib.contextmanager
-def compiled_once(folder):
-    """What programs compile meanwhile, hardly optimised, is kept in the folder, so that a second run compiles nothing."""
+def several_runs(folder):
+    """What programs compile meanwhile, hardly optimised, is kept in the folder, so that a second run compiles nothing; afterwards
+    signals do what they did before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     names = (
         "jax_disable_most_optimizations",
         "jax_compilation_cache_dir",
@@ -82,6 +85,8 @@ def compiled_once(folder):
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def save_model(folder, *, grid, seed=0):

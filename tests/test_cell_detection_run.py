@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import signal
 
 import jax
 import numpy as np
@@ -70,14 +69,11 @@ def runs(tmp_path_factory):
         draw(folder / "data" / "sig-train-neg" / f"neg {number}.png", cells=0, seed=9 + number)
     for number in range(2):
         draw(folder / "unlabelled" / f"region {number}.png", cells=4, seed=20 + number)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     patch = pytest.MonkeyPatch()
     patch.setattr(starting, "random_network", small_network)
-    with programs.compiled_once(folder / "compiled"):
+    with programs.several_runs(folder / "compiled"):
         yield folder
     patch.undo()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def small_network(*, backbone, classes, key, changes):

@@ -1,9 +1,7 @@
 """Paired comparison of arms against a slow twin, and the study on drawn patches, cut off and continued."""
 
 import csv
-import signal
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -87,12 +85,8 @@ def material(tmp_path_factory):
             Image.fromarray(image.astype(np.uint8)).save(place / f"{number}.png")
     net = small_networks.architecture("resnet18", source="torchvision")
     model.save(model.Network(net, small_networks.variables(net), {}), folder / "small")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield folder
-    jax.config.update("jax_disable_most_optimizations", False)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with programs.several_runs(folder / "compiled"):
+        yield folder
 
 
 def start(material, **changes):

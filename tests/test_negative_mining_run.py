@@ -4,12 +4,10 @@ import csv
 import dataclasses
 import json
 import shutil
-import signal
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from data_pipelines.annotations import write_asap_xml
@@ -71,18 +69,8 @@ def runs(tmp_path_factory):
     (folder / "weak" / "07.png").write_text("no image")
     net = small_networks.architecture("resnet18", source="torchvision")
     model.save(model.Network(net, small_networks.variables(net), {}), folder / "small")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    cache = {"jax_compilation_cache_dir": str(folder / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    for name, value in {"jax_disable_most_optimizations": True, **cache}.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it looks for its folder once
-    yield folder
-    defaults = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0}
-    for name, value in {"jax_disable_most_optimizations": False, **defaults}.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with programs.several_runs(folder / "compiled"):
+        yield folder
 
 
 def start(runs, workdir, **changes):

@@ -3,13 +3,11 @@
 import csv
 import json
 import shutil
-import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from data_pipelines.annotations import write_asap_xml
@@ -31,19 +29,8 @@ SETTINGS = {"tile": 32, "batch": 8, "epochs": 4, "learning_rate": 0.05, "threads
 @pytest.fixture(scope="module", autouse=True)
 def fast_compile(tmp_path_factory):
     """What runs once here takes longer to optimise than to run, and what one run compiled, the next need not."""
-    cache = str(tmp_path_factory.mktemp("compiled"))
-    changes = {"jax_compilation_cache_dir": (cache, None), "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0)}
-    changes["jax_disable_most_optimizations"] = (True, False)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for name, (value, _) in changes.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it looks for its folder once
-    yield
-    for name, (_, value) in changes.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with programs.several_runs(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 def draw(tumour, random, side=32):

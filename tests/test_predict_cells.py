@@ -2,7 +2,6 @@
 
 import csv
 import json
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,8 @@ from data_pipelines.tiles import Grid
 from experiments.run.cells import prediction
 from experiments.run.cells.cell_outputs import CELL_FORMATS
 from experiments.run.cells.model import CellModel
-from tests import prediction_process, programs, small_networks
-from tests.prediction_process import PATIENCE_SECONDS, half_done, results_of, wait_for_changes
+from tests import programs, small_networks
+from tests.prediction_process import check_kills
 from tests.programs import one_line, tissue
 from tests.tiff_files import overwrite, tile_bytes, write_tiff
 
@@ -193,33 +192,7 @@ def test_killed_inside_slides_it_ends_with_the_same_bytes(root):
     """With a network of random weights and low demands, whose cells are of all forms and lie across borders."""
     save_model(root / "random", threshold=0.34, min_area=4, overlap=8, window=32)
 
-    def begin(name):
-        return prediction_process.start(
-            root / f"{name}.log",
-            workdir=root / "random",
-            slides=root / "damaged.tiff",
-            out=root / name,
-            compilation_cache=root / "compiled",
-            save_seconds=0,
-        )
-
-    whole = begin("undisturbed")
-    whole.join(PATIENCE_SECONDS)
-    assert whole.exitcode == 1, (root / "undisturbed.log").read_text()
-    rng, inside = np.random.default_rng(0), 0
-    for _ in range(2):
-        process = begin("killed")
-        wait_for_changes(root / "killed", int(rng.integers(1, 5)), process)
-        assert process.is_alive(), (root / "killed.log").read_text()
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        inside += half_done(root / "killed") > 0
-    process = begin("killed")
-    process.join(PATIENCE_SECONDS)
-    log = (root / "killed.log").read_text()
-    assert process.exitcode == 1 and inside and log.count(" goes on after "), log
-    assert results_of(root / "killed") == results_of(root / "undisturbed")
+    check_kills(root, (2, 4), workdir=root / "random", slides=root / "damaged.tiff")
     assert int(table(root / "killed" / "slides.csv")[0]["cells"]) > 20
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import signal
 
 import jax
 import numpy as np
@@ -23,8 +22,8 @@ from srcc_jax.kernels.anomaly_maps import anomaly_map
 from srcc_jax.models import distillation
 from srcc_jax.models.teachers import teacher_maps
 from srcc_jax.parallel import make_mesh
-from tests import prediction_process, programs
-from tests.prediction_process import PATIENCE_SECONDS, half_done, results_of, wait_for_changes
+from tests import programs
+from tests.prediction_process import check_kills
 from tests.programs import one_line, square, tissue
 from tests.tiff_files import overwrite, tile_bytes, write_tiff
 
@@ -261,33 +260,7 @@ def test_evaluate_camelyon_reads_what_was_written(outcome, root, source):
 
 
 def test_killed_inside_slides_it_ends_with_the_same_bytes(root):
-    def begin(name):
-        return prediction_process.start(
-            root / f"{name}.log",
-            workdir=root / "model",
-            slides=root / "cohort.csv",
-            out=root / name,
-            compilation_cache=root / "compiled",
-            save_seconds=0,
-        )
-
-    whole = begin("whole")
-    whole.join(PATIENCE_SECONDS)
-    assert whole.exitcode == 1, (root / "whole.log").read_text()
-    rng, inside = np.random.default_rng(0), 0
-    for _ in range(3):
-        process = begin("killed")
-        wait_for_changes(root / "killed", int(rng.integers(1, 5)), process)
-        assert process.is_alive(), (root / "killed.log").read_text()
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        inside += half_done(root / "killed") > 0
-    process = begin("killed")
-    process.join(PATIENCE_SECONDS)
-    log = (root / "killed.log").read_text()
-    assert process.exitcode == 1 and inside and log.count(" goes on after "), log
-    assert results_of(root / "killed") == results_of(root / "whole")
+    check_kills(root, (4, 3, 2), workdir=root / "model", slides=root / "cohort.csv")
 
 
 # Mistakes

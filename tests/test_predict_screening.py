@@ -2,7 +2,6 @@
 
 import csv
 import json
-import signal
 
 import jax
 import numpy as np
@@ -21,8 +20,8 @@ from experiments.run.screening.screening_outputs import ScreeningProgress, Scree
 from srcc_jax.methods.gastric_screening import malignancy_logit
 from srcc_jax.models import zoo
 from srcc_jax.models.architecture import normalize
-from tests import prediction_process, programs
-from tests.prediction_process import PATIENCE_SECONDS, half_done, results_of, wait_for_changes
+from tests import programs
+from tests.prediction_process import check_kills
 from tests.programs import one_line, tissue
 from tests.tiff_files import overwrite, tile_bytes, write_tiff
 
@@ -247,24 +246,5 @@ def test_cells_divide_tile_and_stride():
 
 
 def test_killed_it_ends_with_the_same_bytes(root):
-    places = {"workdir": root / "model", "slides": root / "cohort.csv", "compilation_cache": root / "compiled"}
-    settings = {"save_seconds": 0, "stride": 32, "formats": "npz,csv,geojson", "threads": 1}
-
-    def begin(name):
-        return prediction_process.start(root / f"{name}.log", out=root / name, **places, **settings)
-
-    whole = begin("whole")
-    whole.join(PATIENCE_SECONDS)
-    assert whole.exitcode == 1, (root / "whole.log").read_text()
-    inside = 0
-    for changes in (3, 6):
-        process = begin("killed")
-        wait_for_changes(root / "killed", changes, process)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        inside += half_done(root / "killed") > 0
-    process = begin("killed")
-    process.join(PATIENCE_SECONDS)
-    assert process.exitcode == 1 and inside > 0, (root / "killed.log").read_text()
-    assert results_of(root / "killed") == results_of(root / "whole")
+    settings = {"stride": 32, "formats": "npz,csv,geojson", "threads": 1}
+    check_kills(root, (3, 6), workdir=root / "model", slides=root / "cohort.csv", **settings)

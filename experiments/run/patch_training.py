@@ -12,7 +12,6 @@ import json
 import math
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,16 +22,14 @@ from jax.sharding import Mesh
 
 from data_pipelines.exports import write_json
 from data_pipelines.patches import (
-    PatchBatch,
     PatchesError,
     PatchReader,
     ShuffledRows,
     WeightedRows,
     class_weights,
-    patch_batches,
 )
 from experiments.run.model import CARD, Network, save
-from experiments.run.progress import progress
+from experiments.run.patch_feed import PatchFeed
 from experiments.run.workdir import WorkdirError
 from srcc_jax.checkpoints import Checkpoints
 from srcc_jax.losses import Prepare, softmax_cross_entropy
@@ -43,7 +40,7 @@ from srcc_jax.models.layers import fold_batch_norm
 from srcc_jax.models.zoo import build
 from srcc_jax.parallel import by_rows, put, whole
 from srcc_jax.schedules import by_cosine
-from srcc_jax.train import Keep, TrainState, fit, init_state, make_train_step
+from srcc_jax.train import Keep, TrainState, best_checkpoint, fit, init_state, make_train_step
 
 METRIC = "validation_loss"
 SCHEDULES = ("cosine", "by_epoch")
@@ -113,13 +110,18 @@ class PatchTrainer:
             return out["logits"].astype(np.float32), pooled(out, "mean")
 
         self.architecture, self.recipe, self.mesh = architecture, recipe, mesh
-        self.unreadable: dict[pathlib.Path, str] = {}
-        self._threads, self._stop = threads, stop
+        self._feed = PatchFeed(threads=threads)
+        self._stop = stop
         loss = softmax_cross_entropy(build(architecture), prepare=prepare)
         self._step = make_train_step(loss, self._optimizer(span=1, unit=1), mesh)
         self._fold = jax.jit(functools.partial(fold_batch_norm, epsilon=architecture.bn_epsilon))
         rows = by_rows(mesh)
         self._infer = jax.jit(infer, in_shardings=(whole(mesh), rows), out_shardings=(rows, rows))
+
+    @property
+    def unreadable(self) -> Mapping[pathlib.Path, str]:
+        """File -> why, of the patches that could not be read."""
+        return self._feed.unreadable
 
     def fit(
         self,
@@ -160,27 +162,18 @@ class PatchTrainer:
                 log=log,
                 stop=self._stop,
             )
-            best = keep.best_of(checkpoints).step
-            assert best is not None
-            found = checkpoints.restore({"params": result.state.params, "stats": result.state.stats}, best)
-            found, metrics = jax.device_get({"params": found["params"], **found["stats"]}), checkpoints.metrics[best]
-        save(Network(self.architecture, found, {"fit": about, "step": best, "metrics": dict(metrics)}), folder)
+            best = best_checkpoint(keep, checkpoints, result.state)
+        found = jax.device_get(best.variables)
+        save(
+            Network(self.architecture, found, {"fit": about, "step": best.step, "metrics": dict(best.metrics)}), folder
+        )
         shutil.rmtree(folder / "checkpoints")
-        return TrainedPatches(found, best, metrics)
+        return TrainedPatches(found, best.step, best.metrics)
 
     def outputs(self, variables: Mapping[str, Any], reader: PatchReader, rows: np.ndarray) -> Iterator[Outputs]:
         """What the network says of the patches of rows int [n], in their order, a batch at a time."""
         folded, size = self._fold(dict(variables)), self.recipe.scoring_batch
-        batches = patch_batches(
-            reader,
-            lambda step: rows[step * size : (step + 1) * size],
-            size=size,
-            begin=0,
-            end=math.ceil(len(rows) / size),
-            threads=self._threads,
-        )
-        for batch in batches:
-            self._note(reader, batch)
+        for batch in self._feed.scoring(reader, rows, size=size):
             image = put({"image": batch.arrays["image"]}, self.mesh)["image"]
             logits, features = (np.asarray(part) for part in self._infer(folded, image))
             known = batch.arrays["weight"] > 0
@@ -220,16 +213,10 @@ class PatchTrainer:
     def _batches(
         self, reader: PatchReader, train: np.ndarray, seed: int, begin: int, end: int
     ) -> Iterator[Mapping[str, np.ndarray]]:
-        size, rows = self.recipe.batch, self._sampler(reader, train, seed)
-        with progress((end - begin) * size, "training", unit="patches") as bar:
-            for batch in patch_batches(reader, rows, size=size, begin=begin, end=end, threads=self._threads):
-                self._note(reader, batch)
-                if not batch.arrays["weight"].any():
-                    reason = next(iter(batch.failed.values()))
-                    raise PatchesError(f"no patch of a batch could be read: {reason}: is the disk there?")
-                label = batch.arrays["label"].astype(np.int32)
-                yield {"image": batch.arrays["image"], "label": label, "weight": batch.arrays["weight"]}
-                bar.update(size)
+        sampler = self._sampler(reader, train, seed)
+        for arrays in self._feed.training(reader, sampler, size=self.recipe.batch, begin=begin, end=end):
+            label = arrays["label"].astype(np.int32)
+            yield {"image": arrays["image"], "label": label, "weight": arrays["weight"]}
 
     def _sampler(self, reader: PatchReader, train: np.ndarray, seed: int) -> Callable[[int], np.ndarray]:
         if not self.recipe.balanced:
@@ -242,14 +229,6 @@ class PatchTrainer:
         if not known.any():
             raise PatchesError(f"none of {len(rows)} validation patches can be read: is the disk there?")
         return judged(logits[known], reader.target[rows[known]].astype(int))
-
-    def _note(self, reader: PatchReader, batch: PatchBatch) -> None:
-        """Says once of each patch that it cannot be read."""
-        for row, reason in batch.failed.items():
-            path = reader.patches.path[row]
-            if path not in self.unreadable:
-                print(f"left out: {reason}", file=sys.stderr, flush=True)
-            self.unreadable[path] = reason
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

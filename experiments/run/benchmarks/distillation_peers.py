@@ -18,7 +18,7 @@ from experiments.run.benchmarks.peers import serve
 
 
 def jax_task(task: str, network: str, side: int, batch: int) -> Callable[[], None]:
-    """Ours, as the experiments run it: all cores as devices, folded for inference, the step of `fit` for training."""
+    """Ours, as the experiments run it: folded, all cores as devices, for inference; the step of `fit`, on one device, for training."""
     import jax
     import optax
 
@@ -31,7 +31,7 @@ def jax_task(task: str, network: str, side: int, batch: int) -> Callable[[], Non
     from srcc_jax.train import init_state, make_train_step
 
     prefer_wide_vectors()
-    parallel.set_cpu_devices(len(os.sched_getaffinity(0)))
+    parallel.set_cpu_devices(1 if task == "train" else len(os.sched_getaffinity(0)))
     mesh = parallel.make_mesh()
     teacher = cut(zoo.architecture(network, source="torchvision", classes=1))
     student = student_architecture(teacher, shortcut="3x3")

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.exports import write_json, write_table, write_text
-from experiments.run.distillation.training import AUC, METRIC, STAGE, DistillationStudy, Trained
+from experiments.run.distillation.training import AUC, METRIC, STAGE, DistillationStudy
 from experiments.run.evaluation import ITERATIONS
 from experiments.run.workdir import versions
 from srcc_jax.methods.reverse_distillation import FIXED_THRESHOLD, Config
 from srcc_jax.metrics import Interval, Metric, accuracy, bootstrap, roc_auc, roc_curve, sensitivity, specificity
 from srcc_jax.report import Report, render
+from srcc_jax.train import BestCheckpoint
 
 RANDOM_TEACHER = "The teacher has random weights: this run shows that shapes fit, and nothing about tumour. Give --teacher for results."
 
@@ -30,7 +31,7 @@ class Judged:
     merit: Mapping[str, Mapping[str, Interval]]
 
 
-def judge(study: DistillationStudy, trained: Trained) -> Judged:
+def judge(study: DistillationStudy, trained: BestCheckpoint) -> Judged:
     """Scores the test patches: AUROC, and accuracy, sensitivity and specificity at both thresholds."""
     row, label, score = study.scored(trained.variables, "test")
     merit = measure(label, score, study.patches.unit[row], thresholds(trained), seed=study.config.seed)
@@ -56,13 +57,13 @@ def measure(
     }
 
 
-def thresholds(trained: Trained) -> dict[str, float]:
+def thresholds(trained: BestCheckpoint) -> dict[str, float]:
     """Name -> lowest score of a patch that is called tumour."""
     return {"fixed": FIXED_THRESHOLD, "validation": trained.metrics["threshold"]}
 
 
 def write_results(
-    study: DistillationStudy, trained: Trained, judged: Judged, *, settings: Mapping[str, Any], random: bool
+    study: DistillationStudy, trained: BestCheckpoint, judged: Judged, *, settings: Mapping[str, Any], random: bool
 ) -> None:
     """The three files, metrics.json last: where it is, the test patches have been looked at."""
     folder, patches = study.workdir.path, study.patches
@@ -83,7 +84,7 @@ def write_results(
             "step": trained.step,
             "alpha": study.alpha,
             "patches": _counts(study),
-            "unreadable": sorted(study.unreadable.values()),
+            "unreadable": sorted(study.feed.unreadable.values()),
             "random_teacher": random,
             "settings": dict(settings),
             "versions": versions(),
@@ -98,7 +99,7 @@ def _counts(study: DistillationStudy) -> dict[str, dict[str, int]]:
 
 
 def _report(
-    study: DistillationStudy, trained: Trained, judged: Judged, settings: Mapping[str, Any], random: bool
+    study: DistillationStudy, trained: BestCheckpoint, judged: Judged, settings: Mapping[str, Any], random: bool
 ) -> Report:
     config, counts = study.config, _counts(study)
     history = study.workdir.history(STAGE)
@@ -122,7 +123,7 @@ def _report(
         subtitle=f"{config.loss} loss, {config.similarity} similarity, α {study.alpha:g}, teacher {study.teacher.name}",
         summary=judged.merit,
         notes=notes,
-        warnings=[RANDOM_TEACHER] * random + sorted(study.unreadable.values()),
+        warnings=[RANDOM_TEACHER] * random + sorted(study.feed.unreadable.values()),
         roc={study.teacher.name: roc_curve(judged.label, judged.score)},
         training=curves,
         configuration=settings,
@@ -130,7 +131,7 @@ def _report(
     )
 
 
-def _selected_by(config: Config, trained: Trained) -> str:
+def _selected_by(config: Config, trained: BestCheckpoint) -> str:
     if config.selection == "auc":
         return f"ROC AUC, {trained.metrics[AUC]:.4f},"
     return f"accuracy at the {config.selection} threshold, {trained.metrics[METRIC]:.4f},"

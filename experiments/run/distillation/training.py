@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,8 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from data_pipelines.patches import PatchBatch, Patches, PatchesError, PatchReader, ShuffledRows, patch_batches
-from experiments.run.progress import progress
+from data_pipelines.patches import Patches, PatchesError, PatchReader, ShuffledRows
+from experiments.run.patch_feed import PatchFeed
 from experiments.run.workdir import Workdir
 from srcc_jax.checkpoints import Checkpoints
 from srcc_jax.methods.reverse_distillation import (
@@ -30,19 +29,10 @@ from srcc_jax.methods.reverse_distillation import (
 from srcc_jax.metrics import accuracy, roc_auc
 from srcc_jax.models.distillation import DistillationArchitecture
 from srcc_jax.parallel import by_rows, put, whole
-from srcc_jax.train import Keep, TrainState, fit, init_state, make_train_step
+from srcc_jax.train import BestCheckpoint, Keep, TrainState, best_checkpoint, fit, init_state, make_train_step
 
 METRIC, AUC = "validation_accuracy", "validation_auc"
 STAGE = "train"
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """The variables of the best checkpoint, its step, and its evaluation: the accuracy that selected, the best threshold, AUC."""
-
-    variables: dict[str, Any]
-    step: int
-    metrics: Mapping[str, float]
 
 
 @dataclasses.dataclass
@@ -66,7 +56,7 @@ class DistillationStudy:
         train = self.rows["train"]
         self.rows["train"] = train[training_rows(self.tumour[train], self.config)]
         self.alpha = self.config.weight_of_normal(int(self.tumour[self.rows["train"]].sum()), len(self.rows["train"]))
-        self.unreadable: dict[int, str] = {}
+        self.feed = PatchFeed(threads=self.threads)
         self._reader = PatchReader(self.patches, self.tumour.astype(np.float32), self.config.tile)
         score = make_anomaly_map(self.teacher, self.student)
         shardings = (whole(self.mesh), by_rows(self.mesh))
@@ -86,7 +76,7 @@ class DistillationStudy:
                 "of them are tumour, or give patches of both kinds"
             )
 
-    def train(self, variables: Mapping[str, Any]) -> Trained:
+    def train(self, variables: Mapping[str, Any]) -> BestCheckpoint:
         """Trains until the last epoch or patience ends it. variables: {"params", "batch_stats", "teacher"}; the teacher's stay."""
         config = self.config
         sampler = ShuffledRows(self.rows["train"], config.batch, config.seed)
@@ -110,10 +100,7 @@ class DistillationStudy:
                 log=self._log,
                 stop=self.stop,
             )
-            step = keep.best_of(checkpoints).step
-            assert step is not None
-            found = checkpoints.restore({"params": result.state.params, "stats": result.state.stats}, step)
-            return Trained({"params": found["params"], **found["stats"]}, step, checkpoints.metrics[step])
+            return best_checkpoint(keep, checkpoints, result.state)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Of the validation patches: accuracy (at the threshold that the settings select by), best threshold, AUC."""
@@ -129,48 +116,19 @@ class DistillationStudy:
 
     def scored(self, variables: Mapping[str, Any], split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """row int [n], tumour int [n], score float64 [n] of the readable patches of a split."""
-        rows, batch = self.rows[split], self.config.batch
-        score = np.full(len(rows), np.nan)
-        folded = self._fold(dict(variables))
-        steps = -(-len(rows) // batch)
-        read = patch_batches(
-            self._reader,
-            lambda step: rows[step * batch : (step + 1) * batch],
-            size=batch,
-            begin=0,
-            end=steps,
-            threads=self.threads,
-        )
-        with progress(len(rows), f"scoring {split}", unit="patches") as bar:
-            for step, found in enumerate(read):
-                self._note(found)
-                part = score[step * batch : (step + 1) * batch]
-                image = put({"image": found.arrays["image"]}, self.mesh)["image"]
-                values = np.asarray(self._score(folded, image))[: len(part)]
-                part[:] = np.where(found.arrays["weight"][: len(part)] > 0, values, np.nan)
-                bar.update(len(part))
+        rows, folded = self.rows[split], self._fold(dict(variables))
+
+        def score_of(image: np.ndarray) -> np.ndarray:
+            return np.asarray(self._score(folded, put({"image": image}, self.mesh)["image"]))
+
+        score = self.feed.scores(self._reader, rows, score_of, size=self.config.batch, what=f"scoring {split}")
         known = np.isfinite(score)
         self._check_kinds(split, self.tumour[rows[known]])
         return rows[known], self.tumour[rows[known]].astype(int), score[known]
 
     def _batches(self, sampler: ShuffledRows, begin: int, end: int) -> Iterator[Mapping[str, np.ndarray]]:
-        """Raises PatchesError where no patch of a batch can be read."""
-        size = self.config.batch
-        with progress((end - begin) * size, "training", unit="patches") as bar:
-            for batch in patch_batches(self._reader, sampler, size=size, begin=begin, end=end, threads=self.threads):
-                self._note(batch)
-                if not batch.arrays["weight"].any():
-                    reason = next(iter(batch.failed.values()))
-                    raise PatchesError(f"no patch of a batch could be read: {reason}: is the disk there?")
-                yield {name: batch.arrays[name] for name in ("image", "label", "weight")}
-                bar.update(size)
-
-    def _note(self, batch: PatchBatch) -> None:
-        """Says once of each patch that it cannot be read."""
-        for row, reason in batch.failed.items():
-            if row not in self.unreadable:
-                print(f"left out: {reason}", file=sys.stderr, flush=True)
-        self.unreadable |= batch.failed
+        for arrays in self.feed.training(self._reader, sampler, size=self.config.batch, begin=begin, end=end):
+            yield {name: arrays[name] for name in ("image", "label", "weight")}
 
     def _log(self, step: int, row: dict[str, float]) -> None:
         self.workdir.log(STAGE, step, row)

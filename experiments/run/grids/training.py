@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from data_pipelines.patches import PatchBatch, Patches, PatchesError, PatchReader, ShuffledRows, patch_batches
-from experiments.run.progress import progress
+from data_pipelines.patches import Patches, PatchesError, PatchReader, ShuffledRows
+from experiments.run.patch_feed import PatchFeed
 from experiments.run.scoring import probability
 from experiments.run.workdir import Workdir
 from srcc_jax.checkpoints import Checkpoints
@@ -23,19 +22,10 @@ from srcc_jax.methods.reverse_distillation import best_threshold
 from srcc_jax.metrics import accuracy, log_loss, roc_auc
 from srcc_jax.models.architecture import Architecture
 from srcc_jax.parallel import by_rows, put, whole
-from srcc_jax.train import Keep, TrainState, fit, init_state, make_train_step
+from srcc_jax.train import BestCheckpoint, Keep, TrainState, best_checkpoint, fit, init_state, make_train_step
 
 METRIC = "validation_accuracy"
 STAGE = "train"
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedGrids:
-    """The variables of the best checkpoint, its step, and its evaluation."""
-
-    variables: dict[str, Any]
-    step: int
-    metrics: Mapping[str, float]
 
 
 @dataclasses.dataclass
@@ -60,14 +50,14 @@ class GridStudy:
                 raise PatchesError(
                     f"the {split} split needs normal and tumour patches: say with --positive which are tumour"
                 )
-        self.unreadable: dict[int, str] = {}
+        self.feed = PatchFeed(threads=self.threads, unit="grids")
         self._reader = PatchReader(self.patches, np.zeros(len(self.patches)), self.config.image)
         config, shardings = self.config, (whole(self.mesh), by_rows(self.mesh))
         middle = make_middle_logit(self.architecture, side=config.side, crf=config.with_crf, crop=config.crop)
         self._fold = jax.jit(functools.partial(fold, architecture=self.architecture))
         self._logit = jax.jit(middle, in_shardings=shardings, out_shardings=shardings[1])
 
-    def train(self, variables: Mapping[str, Any]) -> TrainedGrids:
+    def train(self, variables: Mapping[str, Any]) -> BestCheckpoint:
         """Trains all epochs; the checkpoint with the best validation accuracy at 0.5 is the result, as in the released code."""
         config = self.config
         sampler = ShuffledRows(self.rows["train"], config.batch, config.seed)
@@ -88,10 +78,7 @@ class GridStudy:
                 log=self._log,
                 stop=self.stop,
             )
-            step = keep.best_of(checkpoints).step
-            assert step is not None
-            found = checkpoints.restore({"params": result.state.params, "stats": result.state.stats}, step)
-            return TrainedGrids({"params": found["params"], **found["stats"]}, step, checkpoints.metrics[step])
+            return best_checkpoint(keep, checkpoints, result.state)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Of the middle patches of the validation grids: accuracy at 0.5, log loss, AUC, and the threshold with the best accuracy."""
@@ -105,54 +92,21 @@ class GridStudy:
 
     def scored(self, variables: Mapping[str, Any], split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """row int [n], label int [n], probability float64 [n] of the middle patches of a split's readable grids."""
-        rows, batch = self.rows[split], self.config.batch
-        score = np.full(len(rows), np.nan)
-        folded = self._fold(dict(variables))
-        with progress(len(rows), f"scoring {split}", unit="grids") as bar:
-            for step, found in enumerate(self._read(rows, batch)):
-                part = score[step * batch : (step + 1) * batch]
-                image = put({"image": found.arrays["image"]}, self.mesh)["image"]
-                values = probability(np.asarray(self._logit(folded, image)))[: len(part)]
-                part[:] = np.where(found.arrays["weight"][: len(part)] > 0, values, np.nan)
-                bar.update(len(part))
+        rows, folded = self.rows[split], self._fold(dict(variables))
+
+        def score_of(image: np.ndarray) -> np.ndarray:
+            return probability(np.asarray(self._logit(folded, put({"image": image}, self.mesh)["image"])))
+
+        score = self.feed.scores(self._reader, rows, score_of, size=self.config.batch, what=f"scoring {split}")
         known = np.isfinite(score)
         if len(set(self.label[rows[known]])) < 2:
             raise PatchesError(f"the {split} patches that can be read are all of one kind: is the disk there?")
         return rows[known], self.label[rows[known]], score[known]
 
-    def _read(self, rows: np.ndarray, batch: int) -> Iterator[PatchBatch]:
-        steps = -(-len(rows) // batch)
-        read = patch_batches(
-            self._reader,
-            lambda step: rows[step * batch : (step + 1) * batch],
-            size=batch,
-            begin=0,
-            end=steps,
-            threads=self.threads,
-        )
-        for found in read:
-            self._note(found)
-            yield found
-
     def _batches(self, sampler: ShuffledRows, begin: int, end: int) -> Iterator[Mapping[str, np.ndarray]]:
-        """Raises PatchesError where no image of a batch can be read."""
-        size = self.config.batch
-        with progress((end - begin) * size, "training", unit="grids") as bar:
-            for batch in patch_batches(self._reader, sampler, size=size, begin=begin, end=end, threads=self.threads):
-                self._note(batch)
-                if not batch.arrays["weight"].any():
-                    reason = next(iter(batch.failed.values()))
-                    raise PatchesError(f"no patch of a batch could be read: {reason}: is the disk there?")
-                label = self.cells[batch.arrays["row"]].astype(np.float32)
-                yield {"image": batch.arrays["image"], "label": label, "weight": batch.arrays["weight"]}
-                bar.update(size)
-
-    def _note(self, batch: PatchBatch) -> None:
-        """Says once of each image that it cannot be read."""
-        for row, reason in batch.failed.items():
-            if row not in self.unreadable:
-                print(f"left out: {reason}", file=sys.stderr, flush=True)
-        self.unreadable |= batch.failed
+        for arrays in self.feed.training(self._reader, sampler, size=self.config.batch, begin=begin, end=end):
+            label = self.cells[arrays["row"]].astype(np.float32)
+            yield {"image": arrays["image"], "label": label, "weight": arrays["weight"]}
 
     def _log(self, step: int, row: dict[str, float]) -> None:
         self.workdir.log(STAGE, step, row)

@@ -9,9 +9,8 @@ import numpy as np
 
 from data_pipelines.cohort import CohortError
 from data_pipelines.defocus import defocus
-from data_pipelines.patches import PatchBatch, ShuffledRows
+from data_pipelines.patches import PatchBatch, ShuffledRows, fill_batch
 from data_pipelines.shelf import Shelf
-from data_pipelines.slides import RegionError, SlideError
 from data_pipelines.tiles import Tiles
 from experiments.run.screening.examples import SPLITS, TiledCohort
 from experiments.run.screening.fitting import Stage, digest_of
@@ -36,22 +35,7 @@ class FocusReader:
 
     def read(self, rows: np.ndarray, *, size: int) -> PatchBatch:
         """The batch of these rows, filled up with padding to `size`."""
-        arrays: dict[str, np.ndarray] = {
-            "image": np.zeros((size, self.side, self.side, 3), np.uint8),
-            "label": np.zeros(size, np.float32),
-            "weight": np.zeros(size, np.float32),
-            "row": np.full(size, -1, np.int32),
-        }
-        failed: dict[int, str] = {}
-        for place, row in enumerate(rows):
-            arrays["row"][place], arrays["label"][place] = row, self.label[row]
-            try:
-                arrays["image"][place] = self._pixels(int(row))
-            except (RegionError, SlideError) as error:
-                failed[int(row)] = str(error)
-            else:
-                arrays["weight"][place] = 1
-        return PatchBatch(arrays, failed)
+        return fill_batch(rows, self._pixels, self.label, size=size, side=self.side)
 
     def _pixels(self, row: int) -> np.ndarray:
         tiles, tile = self.tiles, self.tile[row]

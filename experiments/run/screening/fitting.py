@@ -27,7 +27,7 @@ from srcc_jax.losses import Loss
 from srcc_jax.methods.gastric_screening import Config, Judge
 from srcc_jax.parallel import by_rows, put, whole
 from srcc_jax.plateau import adjustable_adam, rate_of, with_rate
-from srcc_jax.train import Keep, StepFn, TrainState, fit, init_state, make_train_step
+from srcc_jax.train import Keep, StepFn, TrainState, best_checkpoint, fit, init_state, make_train_step
 
 METRIC = "validation_loss"
 KEEP = Keep(metric=METRIC, mode="min")
@@ -137,15 +137,13 @@ class Fitter:
             for end in stage.ends:
                 if int(state.step) < end:
                     state = self._epoch(stage, checkpoints, step_fn, judge, state, end)
-            best = KEEP.best_of(checkpoints).step
-            assert best is not None
-            found = checkpoints.restore({"params": state.params, "stats": state.stats}, best)
-            metrics = dict(checkpoints.metrics[best])
-        flat = flatten({"params": found["params"], **found["stats"]})
-        about = {"step": best, "metrics": metrics, "digest": stage.digest}
+            best = best_checkpoint(KEEP, checkpoints, state)
+            metrics = dict(best.metrics)
+        flat = flatten(best.variables)
+        about = {"step": best.step, "metrics": metrics, "digest": stage.digest}
         write(folder, flat, {"kind": KIND, "checksum": checksum(flat), **about})
         shutil.rmtree(folder / "checkpoints")
-        return Trained(flax.traverse_util.unflatten_dict(flat, sep="/"), best, metrics, stage.digest)
+        return Trained(flax.traverse_util.unflatten_dict(flat, sep="/"), best.step, metrics, stage.digest)
 
     def judged(self, stage: Stage, variables: Mapping[str, Any], rows: np.ndarray) -> dict[str, np.ndarray]:
         """What the judge of a stage says of these rows [n]: arrays [n'] by name, with the rows that could be read as `row`, and their
