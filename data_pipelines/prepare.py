@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from data_pipelines.annotations import Shape, check_inside, read_annotation
+from data_pipelines.annotations import Shape, check_inside, file_offset, read_annotation
 from data_pipelines.cohort import SlideRecord
 from data_pipelines.quality import SlideQuality, slide_quality
 from data_pipelines.slides import Slide, open_slide
@@ -78,6 +78,6 @@ def read_shapes(record: SlideRecord, slide: Slide) -> list[Shape]:
     """The record's annotation in level-0 pixels of its slide. Raises AnnotationError where nothing of it lies on the slide."""
     if record.annotation is None:
         return []
-    shapes = read_annotation(record.annotation)
+    shapes = read_annotation(record.annotation, offset=file_offset(record.annotation, slide.bounds))
     check_inside(shapes, slide.width, slide.height, path=record.annotation)
     return shapes

@@ -11,8 +11,9 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from data_pipelines.annotations import AnnotationError, check_inside, file_offset, rasterize, read_annotation
+from data_pipelines.annotations import AnnotationError, rasterize
 from data_pipelines.cohort import SlideRecord
+from data_pipelines.prepare import read_shapes
 from data_pipelines.slides import open_slide
 
 IMAGES = frozenset({".tif", ".tiff", ".png"})
@@ -43,9 +44,8 @@ def tumour_mask(
     if record.annotation.suffix.lower() in IMAGES:
         return _from_image(record, mpp, mpp_override)
     with open_slide(record.path, mpp_cohort=record.mpp, mpp_override=mpp_override) as slide:
-        width, height, slide_mpp, bounds = slide.width, slide.height, slide.mpp, slide.bounds
-    shapes = read_annotation(record.annotation, offset=file_offset(record.annotation, bounds))
-    check_inside(shapes, width, height, path=record.annotation)
+        width, height, slide_mpp = slide.width, slide.height, slide.mpp
+        shapes = read_shapes(record, slide)
     downsample = mpp / slide_mpp
     columns, rows = math.ceil(width / downsample), math.ceil(height / downsample)
     mask = rasterize(shapes, width=columns, height=rows, downsample=downsample, groups=groups)

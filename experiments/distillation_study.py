@@ -28,7 +28,8 @@ from experiments.run.distillation.report import measure
 from experiments.run.distillation.teachers import load_teacher
 from experiments.run.program import UsageError, command, run, start_devices
 from experiments.run.workdir import Workdir, file_hash
-from srcc_jax.methods.reverse_distillation import Config, best_threshold, training_rows
+from srcc_jax.methods.reverse_distillation import Config, training_rows
+from srcc_jax.metrics import best_threshold
 from srcc_jax.models import zoo
 from srcc_jax.models.teachers import TEACHERS
 from srcc_jax.parallel import make_mesh

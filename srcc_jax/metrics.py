@@ -223,3 +223,18 @@ def _from_zero(values: np.ndarray) -> np.ndarray:
 def _divide(a: np.ndarray, b: np.ndarray, *, empty: float = np.nan) -> np.ndarray:
     """a / b, and `empty` where b is 0."""
     return np.where(b == 0, empty, a / np.where(b == 0, 1, b))
+
+
+def best_threshold(label: np.ndarray, score: np.ndarray) -> tuple[float, float]:
+    """The threshold with the highest accuracy, and that: positive is what scores at least that. label [N], score float [N].
+
+    Thresholds lie halfway between neighbouring scores, or at the lowest, or above the highest; of equals the lowest is taken.
+    """
+    score, positive = np.asarray(score, np.float64), np.asarray(label) > 0
+    values = np.unique(score)
+    thresholds = np.concatenate([values[:1], (values[1:] + values[:-1]) / 2, [np.nextafter(values[-1], np.inf)]])
+    below = np.searchsorted(np.sort(score[~positive]), thresholds)  # negative ones rightly left
+    above = positive.sum() - np.searchsorted(np.sort(score[positive]), thresholds)
+    right = (below + above) / len(score)
+    best = int(right.argmax())
+    return float(thresholds[best]), float(right[best])

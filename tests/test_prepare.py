@@ -1,12 +1,15 @@
 """From a cohort's row to tiles: tissue, size, annotation, and what is refused."""
 
+import json
+import types
+
 import numpy as np
 import pytest
 
 from data_pipelines.annotations import AnnotationError, read_annotation, write_asap_xml
 from data_pipelines.cohort import SlideRecord, read_cohort
 from data_pipelines.polygons import Shape, rasterize
-from data_pipelines.prepare import TISSUE_MPP, prepare_slide
+from data_pipelines.prepare import TISSUE_MPP, prepare_slide, read_shapes
 from data_pipelines.slides import SlideError
 from data_pipelines.synthetic import drawn_cohort
 from data_pipelines.tiles import Grid
@@ -107,3 +110,14 @@ def test_annotated_tiles_of_a_drawn_slide_are_those_over_signet_ring_cells(tmp_p
     cells = [part.reshape(16, 4, 16, 4).mean((1, 3)) for part in under]
     cut = np.array([((part > 0) & (part < 1)).mean() for part in cells])
     assert (np.abs(prepared.tiles.annotated - share) <= cut + 0.5 / 16**2).all()
+
+
+def test_geojson_counts_from_the_bounds_of_the_slide(tmp_path):
+    ring = [[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]
+    path = tmp_path / "a.geojson"
+    path.write_text(
+        json.dumps({"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}})
+    )
+    slide = types.SimpleNamespace(width=400, height=300, bounds=(100, 50, 200, 200))
+    (shape,) = read_shapes(record(tmp_path / "a.tiff", annotation=path), slide)
+    assert min(shape.bounds[0], shape.bounds[1]) == 50 and max(shape.bounds[0], shape.bounds[1]) == 100

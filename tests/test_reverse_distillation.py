@@ -11,6 +11,7 @@ import pytest
 from srcc_jax import parallel, train
 from srcc_jax.kernels.anomaly_maps import gaussian_filter
 from srcc_jax.methods import reverse_distillation as rd
+from srcc_jax.metrics import best_threshold
 from srcc_jax.models import distillation, efficientnet, resnet, teachers, zoo
 from tests.small_training import assert_same_bits
 
@@ -118,7 +119,7 @@ def test_the_best_threshold_is_that_of_trying_all():
     random = np.random.default_rng(1)
     for size in (2, 5, 30):
         tumour, score = random.integers(0, 2, size), random.integers(0, 8, size) / 8
-        threshold, accuracy = rd.best_threshold(tumour, score)
+        threshold, accuracy = best_threshold(tumour, score)
         assert accuracy == ((score >= threshold) == tumour).mean()
         tried = [((score >= t) == tumour).mean() for t in np.arange(-1, 20) / 16]
         assert accuracy == max(tried)

@@ -71,7 +71,7 @@ def write_report(subject: Subject, merit: Merit, outcome: CohortOutcome, measure
         versions=versions(),
     )
     write_text(outcome.out / "report.html", render(report))
-    failed = {row.slide_id: row.reason for row in results if row.status == "failed"}
+    failed = {row.slide_id: row.reason for row in results if row.status not in ("done", "unfinished")}
     auc = merit.summary["ROC AUC"]["slide"] if merit.summary else None
     numbers = {
         "slide_auc": auc,

@@ -233,18 +233,3 @@ def slide_score(values: np.ndarray, *, threshold: float = SLIDE_THRESHOLD) -> fl
     values = np.asarray(values, np.float64)
     high = values[values >= threshold]
     return float(high.mean()) if len(high) else 0.0
-
-
-def best_threshold(tumour: np.ndarray, score: np.ndarray) -> tuple[float, float]:
-    """The threshold with the highest accuracy, and that: tumour is called where score >= threshold. tumour [N], score float [N].
-
-    Thresholds lie halfway between neighbouring scores, or at the lowest, or above the highest; of equals the lowest is taken.
-    """
-    score, tumour = np.asarray(score, np.float64), np.asarray(tumour) > 0
-    values = np.unique(score)
-    thresholds = np.concatenate([values[:1], (values[1:] + values[:-1]) / 2, [np.nextafter(values[-1], np.inf)]])
-    below = np.searchsorted(np.sort(score[~tumour]), thresholds)  # normal patches rightly left
-    above = tumour.sum() - np.searchsorted(np.sort(score[tumour]), thresholds)
-    accuracy = (below + above) / len(score)
-    best = int(accuracy.argmax())
-    return float(thresholds[best]), float(accuracy[best])

@@ -19,14 +19,13 @@ from srcc_jax.methods.reverse_distillation import (
     FIXED_THRESHOLD,
     Config,
     Teacher,
-    best_threshold,
     fold,
     make_anomaly_map,
     make_loss,
     patch_scores,
     training_rows,
 )
-from srcc_jax.metrics import accuracy, roc_auc
+from srcc_jax.metrics import accuracy, best_threshold, roc_auc
 from srcc_jax.models.distillation import DistillationArchitecture
 from srcc_jax.parallel import by_rows, put, whole
 from srcc_jax.train import BestCheckpoint, Keep, TrainState, best_checkpoint, fit, init_state, make_train_step

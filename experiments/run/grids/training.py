@@ -18,8 +18,7 @@ from experiments.run.scoring import probability
 from experiments.run.workdir import Workdir
 from srcc_jax.checkpoints import Checkpoints
 from srcc_jax.methods.patch_grids import Config, fold, make_loss, make_middle_logit
-from srcc_jax.methods.reverse_distillation import best_threshold
-from srcc_jax.metrics import accuracy, log_loss, roc_auc
+from srcc_jax.metrics import accuracy, best_threshold, log_loss, roc_auc
 from srcc_jax.models.architecture import Architecture
 from srcc_jax.parallel import by_rows, put, whole
 from srcc_jax.train import BestCheckpoint, Keep, TrainState, best_checkpoint, fit, init_state, make_train_step

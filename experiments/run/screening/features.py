@@ -28,19 +28,29 @@ from srcc_jax.models.features import pooled
 from srcc_jax.models.layers import fold_batch_norm
 from srcc_jax.train import Interrupted
 
+LOGIT, FEATURES, LESION = "logit", "features", "lesion"  # outputs of the network
 BLOCK = 2  # tiles along the side of what is read at once: at 512 px a super-tile is of 1024
+_CHUNK = {"cpu": 1}  # patches at a time on each device; one of 512 pixels takes tens of megabytes
+_ACCELERATOR_CHUNK = 8
 
 
-def patch_scorer(architecture: Architecture, *, tile: int, mesh: Mesh) -> TileScorer:
-    """The network of the patches, BatchNorm folded: "logit" [n] of malignancy and "features" [n, D], both float32."""
+def patch_scorer(architecture: Architecture, *, tile: int, mesh: Mesh, cells: int | None = None) -> TileScorer:
+    """The network of the patches, BatchNorm folded: "logit" [n] of malignancy and "features" [n, D], float32. With `cells`, of a network
+    with a map, also "lesion" float16 [n, cells, cells], the mean probability of the pixels of each cell."""
     network = zoo.build(architecture, folded=True)
 
     def outputs(variables: Mapping[str, Any], windows: jax.Array) -> dict[str, jax.Array]:
         out: Any = network.apply(variables, normalize(windows, architecture), train=False)
-        return {"logit": malignancy_logit(out), "features": pooled(out, "mean")}
+        found = {LOGIT: malignancy_logit(out), FEATURES: pooled(out, "mean")}
+        if cells is not None and "dense" in out:
+            lesion = jax.nn.sigmoid(out["dense"][..., 0].astype(jnp.float32))
+            parts = lesion.reshape(len(lesion), cells, tile // cells, cells, tile // cells)
+            found[LESION] = parts.mean((2, 4)).astype(jnp.float16)
+        return found
 
     fold = functools.partial(fold_batch_norm, epsilon=architecture.bn_epsilon)
-    return TileScorer(outputs, fold, tile=tile, mesh=mesh)
+    chunk = _CHUNK.get(mesh.devices.flat[0].platform, _ACCELERATOR_CHUNK)
+    return TileScorer(outputs, fold, tile=tile, mesh=mesh, chunk=chunk)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 
 from data_pipelines.cohort import SlideRecord
 from data_pipelines.tiles import Grid
@@ -20,14 +18,11 @@ from experiments.run.cohort_report import Subject
 from experiments.run.evaluation import Merit, measure
 from experiments.run.predictors import PredictionFlags, Predictor
 from experiments.run.program import UsageError
-from experiments.run.scoring import TileScorer
+from experiments.run.screening.features import patch_scorer
 from experiments.run.screening.model import KIND, ScreeningModel
 from experiments.run.screening.prediction_gates import FOREGROUND, OTSU, SlideGates
 from experiments.run.screening.screening_outputs import (
-    FEATURES,
-    LESION,
     LESION_MAP,
-    LOGIT,
     SCREENING_FORMATS,
     WRITERS,
     JudgeSlide,
@@ -38,12 +33,7 @@ from experiments.run.slide_formats import PROBABILITY_MAP
 from experiments.run.slide_result import SlideResult
 from experiments.run.slide_state import model_hash
 from experiments.run.workdir import Workdir
-from srcc_jax.methods.gastric_screening import malignancy_logit
 from srcc_jax.metrics import Metric, roc_auc, sensitivity, specificity
-from srcc_jax.models import zoo
-from srcc_jax.models.architecture import Architecture, normalize
-from srcc_jax.models.features import pooled
-from srcc_jax.models.layers import fold_batch_norm
 from srcc_jax.models.screening import ScreeningNet
 from srcc_jax.parallel import make_mesh
 
@@ -51,8 +41,6 @@ flags.disclaim_key_flags()
 
 THRESHOLDS = (0.5, 0.9)  # ours: lesion probabilities from which on regions are outlined
 CELL_UM = 8.0  # ours: the widest cell of the lesion map
-_CHUNK = {"cpu": 1}  # patches at a time on each device; one of 512 pixels takes tens of megabytes
-_ACCELERATOR_CHUNK = 8
 
 
 class ScreeningKind:
@@ -88,7 +76,7 @@ class ScreeningKind:
         settings = self._settings(model, given)
         return Predictor(
             task=ScreeningTask(settings, SlideGates(model.variables, model.gates), slide_judge(model)),
-            scorer=screening_scorer(
+            scorer=patch_scorer(
                 model.architecture, tile=settings.grid.tile, cells=settings.grid.tile // settings.cell, mesh=make_mesh()
             ),
             variables=model.variables["patches"],
@@ -139,25 +127,6 @@ def lesion_cell(grid: Grid) -> int:
     """Pixels along a cell of the lesion map: the largest divisor of tile and stride that is not wider than CELL_UM, or 1."""
     common = math.gcd(grid.tile, grid.stride)
     return max((side for side in range(2, common + 1) if common % side == 0 and side * grid.mpp <= CELL_UM), default=1)
-
-
-def screening_scorer(architecture: Architecture, *, tile: int, cells: int, mesh: Mesh) -> TileScorer:
-    """The network of the patches, BatchNorm folded: "logit" [n] of malignancy and "features" [n, D], float32, and, of a network with a
-    map, "lesion" float16 [n, cells, cells], the mean probability of the pixels of each cell."""
-    network = zoo.build(architecture, folded=True)
-
-    def outputs(variables: Mapping[str, Any], windows: jax.Array) -> dict[str, jax.Array]:
-        out: Any = network.apply(variables, normalize(windows, architecture), train=False)
-        found = {LOGIT: malignancy_logit(out), FEATURES: pooled(out, "mean")}
-        if "dense" in out:
-            lesion = jax.nn.sigmoid(out["dense"][..., 0].astype(jnp.float32))
-            parts = lesion.reshape(len(lesion), cells, tile // cells, cells, tile // cells)
-            found[LESION] = parts.mean((2, 4)).astype(jnp.float16)
-        return found
-
-    fold = functools.partial(fold_batch_norm, epsilon=architecture.bn_epsilon)
-    chunk = _CHUNK.get(mesh.devices.flat[0].platform, _ACCELERATOR_CHUNK)
-    return TileScorer(outputs, fold, tile=tile, mesh=mesh, chunk=chunk)
 
 
 def slide_judge(model: ScreeningModel) -> JudgeSlide:

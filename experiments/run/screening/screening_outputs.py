@@ -16,7 +16,7 @@ from data_pipelines.scan import ScanShape
 from data_pipelines.tiles import Tiles
 from experiments.run.journal import Journal, SlideScores
 from experiments.run.scoring import probability
-from experiments.run.screening.features import BLOCK
+from experiments.run.screening.features import BLOCK, FEATURES, LESION, LOGIT
 from experiments.run.screening.prediction_gates import GatedSlide, SlideGates
 from experiments.run.slide_formats import DEFAULT_FORMATS, FORMATS, PROBABILITY_MAP, FinishedSlide, MapStyle, Writer
 from experiments.run.slide_outputs import ValueCollector
@@ -26,7 +26,6 @@ from experiments.run.slide_state import Place, TileSettings
 from experiments.run.task import Begun
 from srcc_jax.kernels.heat_maps import HeatMap, TileMapAverage, paint_tiles
 
-LOGIT, FEATURES, LESION = "logit", "features", "lesion"  # outputs of the network
 MEASURES = (PROBABILITY, "verdict", "verdict_validation", "patches", "lesion_mm2", "blurred")
 LESION_MAP = MapStyle("lesion probability", LESION, (0.0, 1.0))
 CALLED = 0.5  # lesion probability from which on a cell counts for lesion_mm2, as pixels do when patches are judged
