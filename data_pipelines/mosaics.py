@@ -1,7 +1,7 @@
 """Mosaic slides: real labelled patches laid out as fragments of tissue on white, so that every patch's truth is known.
 
-What stays unreal: patches meet in visible seams, and a small collection repeats its patches (turned and mirrored). Both hold
-for positive and negative slides alike.
+What stays unreal: patches meet in visible seams (which `MosaicPlan.aligned` keeps out of tiles of their size), and a small collection
+repeats its patches (turned and mirrored). Both hold for positive and negative slides alike.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ class Mosaic:
 class MosaicPlan:
     """tissue_patches: about how many patches of tissue in a slide, at least and at most.  positive_fraction: of the tissue of
     a positive slide.  clustered: share of positive slides whose tumour lies in one place; in the others it is scattered.
-    patch_px: side of a patch in the slide, to which all are resized; None: the width of the first."""
+    patch_px: side of a patch in the slide, to which all are resized; None: the width of the first.  aligned: the patches lie
+    on the lattice of a tiling from the corner, so that a tile of their size is one patch."""
 
     tissue_patches: tuple[int, int] = (120, 180)
     positive_fraction: tuple[float, float] = (0.01, 0.05)
     clustered: float = 0.5
     patch_px: int | None = None
+    aligned: bool = False
 
     def __post_init__(self) -> None:
         low, high = self.positive_fraction
@@ -128,7 +130,7 @@ def draw_mosaic(
         count = max(1, round(rng.uniform(*plan.positive_fraction) * cover.sum()))
         chosen = _tumour_cells(rng, cover == 1, count, clustered=rng.random() < plan.clustered)
     px = plan.patch_px or _width(next(iter(negative.values()))[0])
-    left, top = rng.integers(px, size=2)  # so that the lattice is not that of the tiles
+    left, top = (0, 0) if plan.aligned else rng.integers(px, size=2)
     rgb = np.full(((side + 1) * px, (side + 1) * px, 3), BACKGROUND, np.uint8)
     hands = {True: _hand(rng, positive), False: _hand(rng, negative)}
     regions = []

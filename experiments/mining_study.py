@@ -52,6 +52,7 @@ _COUNTS = flags.DEFINE_list("counts", ["80", "30", "110"], "training, validation
 _POOL = flags.DEFINE_integer("pool", 140, "negative patches that the slides are made of", lower_bound=1)
 _SLIDES = flags.DEFINE_integer("slides", 32, "mosaic slides to search", lower_bound=1)
 _TISSUE = flags.DEFINE_list("tissue_patches", ["600", "700"], "least and most patches in a slide")
+_ALIGNED = flags.DEFINE_bool("aligned", False, "patches lie on the lattice of the tiles, so that no tile has a seam")
 _TILE = flags.DEFINE_integer("tile", 96, "side of a patch as the network sees it", lower_bound=32)
 _BATCH = flags.DEFINE_integer("batch", 16, "patches in a batch", lower_bound=2)
 _EPOCHS = flags.DEFINE_integer("epochs", 8, "validations of a fit", lower_bound=1)
@@ -124,7 +125,7 @@ def make_slides(material: Material, folder: pathlib.Path) -> pathlib.Path:
             negative_classes=[NEGATIVE],
             slides={"train": (0, _SLIDES.value)},
             mpp=MPP,
-            plan=MosaicPlan(tissue_patches=(low, high)),
+            plan=MosaicPlan(tissue_patches=(low, high), aligned=_ALIGNED.value),
             labels=("positive", NEGATIVE),
             workers=2,
         )

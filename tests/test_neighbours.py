@@ -101,13 +101,23 @@ def test_memory_maps_are_read_by_chunks(tmp_path):
     assert len(watched.asked[-1]) <= 3 * 20
 
 
-def test_top_k_by_blocks_keeps_the_order_of_equals():
-    rng = np.random.default_rng(4)
-    scores, shift = (jnp.asarray(rng.integers(0, 12, shape), jnp.float32) for shape in ((50, 40 * BLOCK), 40 * BLOCK))
-    for k in (1, 7, 39, 40, 64):
-        found = top_k_by_blocks(lambda score, shift: score + shift, scores, shift, k)
-        for ours, theirs in zip(found, jax.lax.top_k(scores + shift[None], k)):
-            np.testing.assert_array_equal(ours, theirs)
+@pytest.mark.parametrize("k", [1, 7, 39, 40, 64])
+def test_top_k_by_blocks_keeps_the_order_of_equals(k):
+    score = np.random.default_rng(4).integers(0, 12, (40 * BLOCK, 50)).astype(np.float32)
+    found = top_k_by_blocks(jnp.asarray(score), k, above=jnp.full(50, -jnp.inf))
+    for ours, theirs in zip(found, jax.lax.top_k(score.T, k)):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("worth", [3, 12, 20])
+def test_top_k_by_blocks_looks_at_all_that_is_above(worth):
+    """Of 40 blocks some hold one score above 5, in the first column only: whatever their number, none is left out."""
+    score = np.random.default_rng(worth).uniform(0, 5, (40 * BLOCK, 2)).astype(np.float32)
+    places = BLOCK * np.random.default_rng(worth).permutation(40)[:worth] + 3
+    score[places, 0] = 6 + np.arange(worth)
+    value, place = top_k_by_blocks(jnp.asarray(score), 30, above=jnp.full(2, 5.0))
+    np.testing.assert_array_equal(value[0, :worth], 6 + np.arange(worth)[::-1])
+    np.testing.assert_array_equal(place[0, :worth], places[::-1])
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,15 @@ def test_mosaic_outline_is_not_made_of_squares(patches):
     assert (np.isin(corners, (1, 3))).sum() > 500  # a lattice of squares would have some tens of corners
 
 
+def test_aligned_mosaic_has_no_tile_of_two_patches(patches):
+    pools = [{name: patches["train"][name] for name in names} for names in (("AC",), ("H", "T"))]
+    mosaic = draw_mosaic(np.random.default_rng(0), *pools, tumour=True, plan=MosaicPlan(aligned=True))
+    rows, columns = (side // PX for side in mosaic.rgb.shape[:2])
+    tiles = mosaic.rgb.reshape(rows, PX, columns, PX, 3).swapaxes(1, 2).reshape(-1, PX * PX, 3)
+    colours = [np.unique(tile[(tile != BACKGROUND).any(1)], axis=0) for tile in tiles]
+    assert max(map(len, colours)) == 1 and sum(map(len, colours)) > 100
+
+
 def test_mosaic_cohort_keeps_splits_apart(tmp_path, patches):
     options = {
         "patches": patches,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
@@ -23,10 +23,11 @@ from jax.sharding import Mesh, PartitionSpec
 from srcc_jax.parallel import by_rows, make_mesh, replicate, whole
 
 METRICS = ("l2", "cosine")
-BLOCK = 64  # candidates whose maximum is looked at first
+BLOCK = 16  # candidates whose maximum is looked at first
+_BLOCKS = (8, 16, 32, 64)  # of a chunk that are looked at, where no query needs more
 MARGIN = 16  # of the shortlist beyond k: candidates that rounding may have put on the wrong side
 LONGER = 8  # times, a shortlist that was too short
-_CHUNK, _CHUNK_OF_SHORTLIST = 16_384, 256  # candidates held at a time: at least, and for each of a shortlist
+_CHUNK, _CHUNK_OF_SHORTLIST = 16_384, 128  # candidates held at a time: at least, and for each of a shortlist
 _RANKED_BYTES = 4 << 20  # of float64 vectors held at a time
 _FAR = 4.0  # lengths of the queries about their centre, from zero to there
 _IN_FLIGHT = 2  # chunks that are on their way to the devices or on them
@@ -123,18 +124,20 @@ def _shortlist(
     queries: np.ndarray, origin: _Origin, candidates: Features, wanted: int, metric: str, size: int, mesh: Mesh
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows int [N, wanted], in ascending order, and the similarity of the last that got in, float32 [N]."""
-    step = _make_step(mesh, wanted, metric, origin.moved)
+    step, merge = _make_steps(mesh, wanted, metric, origin.moved)
     asked, centre = replicate((jnp.asarray(queries - origin.centre), jnp.asarray(origin.centre)), mesh)
-    empty = jnp.full((len(queries), wanted), -jnp.inf), jnp.full((len(queries), wanted), -1, jnp.int32)
-    best, lengths = replicate(empty, mesh), list[jax.Array]()
+    shape = (mesh.size, len(queries), wanted)
+    best = jax.device_put((np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32)), by_rows(mesh))
+    lengths = list[jax.Array]()
     for begin, rows in _chunks(candidates, size):
         filled = np.pad(rows, ((0, size - len(rows)), (0, 0))) if len(rows) < size else rows
         best, longest = step(asked, centre, best, jax.device_put(filled, by_rows(mesh)), begin, len(rows))
         lengths.append(longest)
         jax.block_until_ready(lengths[-_IN_FLIGHT:][0])  # else the chunks of a whole search wait in memory
-    if not np.isfinite(np.asarray(lengths)).all():
+    if not np.isfinite(lengths).all():
         raise ValueError("some feature vectors are not finite: leave them out")
-    return np.sort(np.asarray(best[1]), axis=1), np.asarray(best[0])[:, -1]
+    similarity, rows = (np.asarray(part) for part in merge(*best))
+    return np.sort(rows, axis=1), similarity[:, -1]
 
 
 def _chunks(candidates: Features, size: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -143,66 +146,78 @@ def _chunks(candidates: Features, size: int) -> Iterator[tuple[int, np.ndarray]]
 
 
 @functools.cache
-def _make_step(mesh: Mesh, wanted: int, metric: str, moved: bool):
-    """(queries, centre, best, candidates [size, D], begin, count) -> best, the running shortlist (similarity, row) [N, wanted]; and the
-    greatest square of a candidate's length from the centre."""
+def _make_steps(mesh: Mesh, wanted: int, metric: str, moved: bool):
+    """The step (queries, centre, best, candidates [size, D], begin, count) -> best, and per device the greatest square of a candidate's
+    length from the centre; and merge(*best) -> similarity, row [N, wanted].
+
+    best: the shortlist (similarity, row) of each device [devices, N, wanted], from its own candidates: a step needs no exchange.
+    """
     split, same = PartitionSpec("data"), PartitionSpec()
     similarity = _cosine if metric == "cosine" else _l2
 
-    def local(queries, centre, rows, begin, count):
-        """The shortlist of this device's part of the chunk, [1, N, wanted or fewer], and [1] the greatest square."""
+    def local(queries, centre, best, rows, begin, count):
         first = lax.axis_index("data") * rows.shape[0]
         rows = rows.astype(jnp.float32)
         factor = rows - centre if moved else rows
-        product = lax.dot_general(queries, factor, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
-        squares = jnp.square(rows - centre).sum(1)
-        real = first + jnp.arange(rows.shape[0]) < count
-        value, place = top_k_by_blocks(
-            similarity, product, jnp.where(real, squares, jnp.inf), min(wanted, rows.shape[0])
-        )
-        return value[None], (begin + first + place)[None], jnp.where(real, squares, 0).max()[None]
+        product = lax.dot_general(factor, queries, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+        squares = jnp.square(rows - centre).sum(1, keepdims=True)
+        real = first + jnp.arange(rows.shape[0])[:, None] < count
+        score = jnp.where(real, similarity(product, squares), -jnp.inf)
+        value, row = (part[0] for part in best)
+        found, place = top_k_by_blocks(score, min(wanted, rows.shape[0]), above=value[:, -1])
+        value, row = jnp.concatenate([value, found], 1), jnp.concatenate([row, begin + first + place], 1)
+        return tuple(part[None] for part in _first(value, row, wanted)), jnp.where(real, squares, 0).max()[None]
 
-    everywhere = jax.shard_map(local, mesh=mesh, in_specs=(same, same, split, same, same), out_specs=(split,) * 3)
+    step = jax.shard_map(local, mesh=mesh, in_specs=(same, same, split, split, same, same), out_specs=(split, split))
 
-    def step(queries, centre, best, rows, begin, count):
-        *found, squares = everywhere(queries, centre, rows, begin, count)
-        value, row = (jnp.moveaxis(part, 0, 1).reshape(len(queries), -1) for part in found)
-        value, row = jnp.concatenate([best[0], value], 1), jnp.concatenate([best[1], row], 1)
-        value, place = lax.top_k(value, wanted)
-        return (value, jnp.take_along_axis(row, place, 1)), squares.max()
+    def merge(value, row):
+        value, row = (jnp.moveaxis(part, 0, 1).reshape(part.shape[1], -1) for part in (value, row))
+        return _first(value, row, wanted)
 
-    return jax.jit(step, donate_argnums=2, out_shardings=whole(mesh))
+    return jax.jit(step, donate_argnums=2), jax.jit(merge, out_shardings=whole(mesh))
+
+
+def _first(value: jax.Array, row: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest values of each line, and their rows."""
+    value, place = lax.top_k(value, k)
+    return value, jnp.take_along_axis(row, place, 1)
 
 
 def _l2(product: jax.Array, squares: jax.Array) -> jax.Array:
-    """Minus half the squared distance, up to half the square of the query's length; -inf where there is no candidate."""
+    """Minus half the squared distance, up to half the square of the query's length."""
     return product - 0.5 * squares
 
 
 def _cosine(product: jax.Array, squares: jax.Array) -> jax.Array:
-    """The cosine times the query's length; -inf where there is no candidate."""
-    cosine = product * lax.rsqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
-    return jnp.where(squares == jnp.inf, -jnp.inf, cosine)
+    """The cosine times the query's length."""
+    return product * lax.rsqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
 
 
-def top_k_by_blocks(
-    similarity: Callable[[jax.Array, jax.Array], jax.Array], product: jax.Array, squares: jax.Array, k: int
-) -> tuple[jax.Array, jax.Array]:
-    """`lax.top_k` of similarity(product [N, M], squares [M]), M a multiple of BLOCK, by way of the maxima of blocks: values and places
-    [N, k]. The similarities are computed twice rather than written to memory.
+def top_k_by_blocks(score: jax.Array, k: int, *, above: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k` of the columns of score [M, N], M a multiple of BLOCK, by way of the maxima of blocks: values and places [N, k].
 
-    Exact, lowest place first among equals: a block left out has a maximum no larger than that of k others, and comes after those
-    that are equal.
+    above [N]: what is no larger may be left out; then the list ends in -inf. Few blocks have a maximum above what a search has found
+    so far, and only as many as any column needs are looked at. Exact, lowest place first among equals: a block left out has a maximum
+    no larger than that of k others, and comes after those that are equal.
     """
-    n, m = product.shape
-    blocks = m // BLOCK
-    if blocks <= k:
-        return lax.top_k(similarity(product, squares[None]), k)
-    parts, squares = product.reshape(n, blocks, BLOCK), squares.reshape(blocks, BLOCK)
-    chosen = jnp.sort(lax.top_k(similarity(parts, squares[None]).max(-1), k)[1], axis=1)
-    values = similarity(jnp.take_along_axis(parts, chosen[..., None], 1), squares[chosen])
-    value, place = lax.top_k(values.reshape(n, k * BLOCK), k)
-    return value, jnp.take_along_axis(chosen, place // BLOCK, 1) * BLOCK + place % BLOCK
+    m, n = score.shape
+    if m // BLOCK <= k:
+        return lax.top_k(score.T, k)
+    parts = score.reshape(m // BLOCK, BLOCK, n)
+    peaks = parts.max(1).T
+
+    def look_at(blocks: int) -> tuple[jax.Array, jax.Array]:
+        chosen = jnp.sort(lax.top_k(peaks, blocks)[1], axis=1)
+        values = parts[chosen, :, jnp.arange(n)[:, None]].reshape(n, blocks * BLOCK)
+        value, place = lax.top_k(values, min(k, blocks * BLOCK))
+        place = jnp.take_along_axis(chosen, place // BLOCK, 1) * BLOCK + place % BLOCK
+        missing = (0, 0), (0, k - place.shape[1])
+        return jnp.pad(value, missing, constant_values=-jnp.inf), jnp.pad(place, missing)
+
+    enough = [*(blocks for blocks in _BLOCKS if blocks < k), k]
+    needed = (peaks > above[:, None]).sum(1).max()
+    level = sum(((needed > blocks).astype(jnp.int32) for blocks in enough[:-1]), jnp.int32(0))
+    return lax.switch(level, [functools.partial(look_at, blocks) for blocks in enough])
 
 
 def _certain(queries: np.ndarray, origin: _Origin, last: np.ndarray, least: np.ndarray, metric: str) -> np.ndarray:
