@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from absl import flags
@@ -126,7 +128,7 @@ def test_a_work_directory_goes_on_with_the_same_settings(tmp_path):
     first = Workdir.open(tmp_path / "a" / "b", SETTINGS)
     again = Workdir.open(str(tmp_path / "a" / "b"), dict(reversed(SETTINGS.items())))
     assert first == again and first.path.is_absolute()
-    assert sorted(p.name for p in first.path.iterdir()) == ["settings.json"]
+    assert sorted(p.name for p in first.path.iterdir()) == [".lock_0", "settings.json"]
 
 
 def test_a_work_directory_refuses_other_settings_and_names_each(tmp_path):
@@ -189,3 +191,15 @@ def test_the_hash_of_a_file_follows_its_content(tmp_path):
     assert len(before) == 16 and file_hash(file) == before
     file.write_text("slide_id,path,label\na,a.svs,normal\n")
     assert file_hash(file) != before
+
+
+def test_a_work_directory_belongs_to_one_process_until_it_ends(tmp_path):
+    line = f"import sys; from experiments.run.workdir import Workdir; Workdir.open({str(tmp_path)!r}, {{}}); print('open', flush=True); "
+    with subprocess.Popen(
+        [sys.executable, "-c", line + "sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"open\n"
+        with pytest.raises(WorkdirError, match=f"in use by process {other.pid}"):
+            Workdir.open(tmp_path, {})
+        other.kill()
+    assert Workdir.open(tmp_path, {}).path == Workdir.open(tmp_path, {}).path == tmp_path

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import time
 from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from data_pipelines.exports import write_json
 from data_pipelines.files import OutputError, check_writable
@@ -26,6 +30,11 @@ _PACKAGES = (
     "openslide-python",
     "cucim-cu13",
 )
+
+
+_LOCKS: dict[
+    pathlib.Path, int
+] = {}  # file descriptors of the work directories of this process, which are its own until it ends
 
 
 class WorkdirError(ValueError):
@@ -64,10 +73,12 @@ class Workdir:
     def open(cls, path: str | pathlib.Path, settings: Mapping[str, Any]) -> Workdir:
         """Makes the directory, or goes on in one that was made with the same settings.
 
-        Raises WorkdirError that lists every setting that differs, OutputError where nothing can be written.
+        Raises WorkdirError that lists every setting that differs, or says that another process uses it; OutputError where nothing can
+        be written.
         """
         folder = pathlib.Path(path).absolute()
         check_writable(folder)
+        _lock(folder)
         file = folder / "settings.json"
         wanted = json.loads(json.dumps(dict(settings)))
         if not file.exists():
@@ -108,6 +119,29 @@ class Workdir:
             if entry["stage"] == stage:
                 rows.setdefault(entry["step"], {}).update(entry)
         return [rows[step] for step in sorted(rows)]
+
+
+def _lock(folder: pathlib.Path) -> None:
+    """Keeps other runs on this machine out until this process ends, however it ends. Each process of a distributed run has a lock of its
+    own. Without effect on a file system that has no locks."""
+    number = jax.process_index() if jax.distributed.is_initialized() else 0
+    file = folder / f".lock_{number}"
+    if file in _LOCKS:
+        return
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.read(descriptor, 32).decode(errors="replace")
+        os.close(descriptor)
+        raise WorkdirError(
+            f"{folder} is in use by process {owner}: wait for it, stop it, or give another --workdir"
+        ) from error
+    except OSError:
+        pass
+    _LOCKS[file] = descriptor
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
 
 
 def _same_settings(folder: pathlib.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
