@@ -118,7 +118,7 @@ def test_a_run_leaves_a_model_and_tables(whole):
     table = rows_of(workdir / "slides.csv")
     assert {row["label"] for row in table} == {"malignant", "benign"} and table[0]["site"] in "AB"
     text = (workdir / "tables.md").read_text()
-    for words in ("ours at 0.74", "ResNet-34, paper", "0.8331 ± 0.0101", "SGH, paper", "falsely called"):
+    for words in ("here at 0.74", "ResNet-34, paper", "0.8331 ± 0.0101", "SGH, paper", "falsely called"):
         assert words in text
     page = (workdir / "report.html").read_text()
     for words in ("sensitivity at the fixed threshold", "average precision", "Receiver operating", "empty: no tile"):

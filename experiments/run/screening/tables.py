@@ -31,8 +31,8 @@ def write_tables(folder: pathlib.Path, config: Config, results: Sequence[Mapping
 
 
 def row_name(model: str) -> str:
-    """How the paper's Table 1 calls a --model; networks that it does not have keep their names."""
-    return ROWS[model][0] if model in ROWS else model
+    """A --model, after the name that the paper's Table 1 has for it."""
+    return f"{ROWS[model][0]} ({model})" if model in ROWS else model
 
 
 def screening_rows(name: str, results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -43,7 +43,7 @@ def screening_rows(name: str, results: Sequence[Mapping[str, Any]]) -> list[list
         at = {"fixed": f"{judged[0][kind]['threshold']:g}", "validation": "the validation threshold"}[kind]
         shares = [_over([found[kind][share] for found in judged]) for share in ("sensitivity", "specificity")]
         areas = [_over([found[n] for found in judged if n in found]) for n in ("average precision", "ROC AUC")]
-        rows.append([f"{name}, ours at {at}", *shares, *areas])
+        rows.append([f"{name}, here at {at}", *shares, *areas])
     return rows
 
 
@@ -52,7 +52,7 @@ def segmentation_row(name: str, results: Sequence[Mapping[str, Any]]) -> list[st
     judged = [found for result in results if "Dice of pixels" in (found := result.get("patches", {}))]
     if not judged:
         return None
-    return [f"{name}, ours", *(spread([found[n] for found in judged]) for n in ("Dice of pixels", "Dice of units"))]
+    return [f"{name}, here", *(spread([found[n] for found in judged]) for n in ("Dice of pixels", "Dice of units"))]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -89,7 +89,7 @@ def _segmentation(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
         text = [
             "## Patches",
             "",
-            markdown_table([[f"{name}, ours", *numbers]], SCREENING_COLUMNS[:1] + SCREENING_COLUMNS[3:]),
+            markdown_table([[f"{name}, here", *numbers]], SCREENING_COLUMNS[:1] + SCREENING_COLUMNS[3:]),
         ]
     if ours:
         paper = [[f"{model}, paper", f"{mean:.4f} ± {sd:.4f}", ""] for model, (mean, sd) in SEGMENTATION.items()]
