@@ -24,13 +24,15 @@ from experiments.run.mining.stages import Arm
 from experiments.run.starting import pretrained_network
 from experiments.run.workdir import Workdir
 from srcc_jax.methods.negative_mining import Config
+from srcc_jax.models.architecture import normalize
+from srcc_jax.models.zoo import build
 from srcc_jax.parallel import make_mesh
 from tests import programs, small_networks
 
 SIDE = 32
 COMMON = {
     "backbone": "resnet18", "positive": "pos", "tile": SIDE, "batch": 8, "scoring_batch": 8, "epochs": 2, "learning_rate": 3e-3,
-    "alpha": 3, "threads": 1, "views": False,
+    "alpha": 3, "threads": 1, "views": False, "mpp": 4.0,
 }  # fmt: skip
 
 
@@ -277,6 +279,22 @@ def test_tiles_of_slides_are_searched_and_cut(whole, bench, slides, tmp_path, ca
         tile = np.asarray(Image.open(tmp_path / "mined_tiles" / f"{row['slide_id']}_{x:.0f}_{y:.0f}.png"))
         source = np.asarray(Image.open(row["path"]).convert("RGB"))[int(y) : int(y) + 64, int(x) : int(x) + 64]
         assert abs(tile.mean((0, 1)) - source.mean((0, 1))).max() < 2 and tile.shape == (SIDE, SIDE, 3)
+
+
+def test_the_strong_model_says_of_slides_what_it_says_of_patches(whole, slides, tmp_path):
+    workdir, _ = whole
+    found = model.Model.load(workdir)
+    rows = table(workdir / "test.csv")
+    images = np.stack([np.asarray(Image.open(row["path"]).convert("RGB")) for row in rows])
+    outputs = build(found.architecture).apply(found.variables, normalize(images, found.architecture), train=False)
+    np.testing.assert_allclose(
+        jax.nn.sigmoid(outputs["logits"][:, 0]), [float(row["strong"]) for row in rows], atol=1e-5
+    )
+    with programs.imported("predict_slides") as module:
+        outcome = programs.start(module, workdir=workdir, slides=slides / "clean.tiff", out=tmp_path, gradcam=False)
+    assert outcome.status == 0, outcome.err
+    (row,) = table(tmp_path / "slides.csv")
+    assert row["status"] == "done" and 0 < float(row["probability"]) < 1
 
 
 def test_weak_tiles_of_patients_of_the_test_are_not_searched(runs, bench, slides):

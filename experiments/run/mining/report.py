@@ -10,10 +10,12 @@ import numpy as np
 
 from data_pipelines.cohort_rows import listed
 from data_pipelines.exports import write_json, write_table, write_text
+from data_pipelines.tiles import Grid
 from experiments.run.evaluation import ITERATIONS
 from experiments.run.mining.pictures import draw_pictures
 from experiments.run.mining.stages import Arm, MiningRun
-from experiments.run.patch_training import METRIC
+from experiments.run.model import Model
+from experiments.run.patch_training import METRIC, TrainedPatches
 from experiments.run.workdir import versions
 from srcc_jax.methods.negative_mining import METRICS
 from srcc_jax.methods.negative_mining_paper import COLUMNS, HEADINGS, TABLES
@@ -51,6 +53,21 @@ def judge(run: MiningRun, arm: Arm) -> Judged:
     return Judged(rows, label, {model: scores[known] for model, scores in found.items()}, merit)
 
 
+def slide_classifier(run: MiningRun, trained: TrainedPatches, settings: Mapping[str, Any]) -> Model:
+    """A model of patches as predict_slides takes it: with one logit, the difference of the two, whose sigmoid is their softmax."""
+    params = dict(trained.variables["params"])
+    params["classifier"] = {name: array[..., 1:] - array[..., :1] for name, array in params["classifier"].items()}
+    config = run.config
+    return Model(
+        architecture=dataclasses.replace(run.trainer.architecture, classes=1),  # type: ignore[call-arg]
+        variables={**trained.variables, "params": params},
+        grid=Grid(tile=config.tile, stride=config.tile, mpp=config.mpp),
+        min_tissue=config.min_tissue,
+        positive=config.positives[0],
+        about={"name": "negative mining", "step": trained.step, "settings": dict(settings), "versions": versions()},
+    )
+
+
 def write_results(run: MiningRun, arm: Arm, judged: Judged, *, settings: Mapping[str, Any]) -> None:
     """The files of a run, metrics.json last."""
     folder = run.workdir.path
@@ -64,6 +81,7 @@ def write_results(run: MiningRun, arm: Arm, judged: Judged, *, settings: Mapping
     pictures = draw_pictures(run, arm, judged.row, judged.probability["weak"], judged.probability["strong"])
     write_text(folder / "report.html", render(_report(run, arm, judged, settings, pictures)))
     models = {"weak": run.weak, "strong": run.strong(arm)}
+    slide_classifier(run, models["strong"], settings).save(folder)
     write_json(
         folder / "metrics.json",
         {
