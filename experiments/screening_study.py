@@ -62,7 +62,7 @@ _SLIDES = flags.DEFINE_list(
 
 LABELS = ("malignant", "benign")
 MPP = 0.5  # of the mosaic's slides
-REDUCE, SIDE = 3, 160  # GlaS at a third of its scale (1.9 µm per pixel), in crops that take seconds on two cores
+REDUCE, SIDE = 3, 128  # GlaS at a third of its scale (1.9 µm per pixel), in crops that take seconds on two cores
 RADII_UM = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 GLAS: dict[str, object] = {"tile": SIDE, "multitask_batch": 8, "repeats": 4}
 # A patch is 224 px of level 0, a tile 256: a malignant tile is a fifth tumour. Slides of some thirty tiles have a top 8, not a top 64.
