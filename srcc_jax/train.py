@@ -266,6 +266,23 @@ def fit(
     return FitResult(state, best, stopped)
 
 
+def fit_to_best(
+    step_fn: StepFn,
+    state: TrainState,
+    batches: Callable[[int], Iterator[Batch]],
+    *,
+    folder: str,
+    keep: Keep,
+    **options: Any,
+) -> BestCheckpoint:
+    """The best evaluation of a `fit` whose checkpoints are in the folder (an absolute path): it goes on from where they stand. options:
+    the others of `fit`."""
+    with Checkpoints(folder) as checkpoints:
+        resumed = checkpoints.resume(state)
+        result = fit(step_fn, resumed, batches, keep=keep, checkpoints=checkpoints, **options)
+        return best_checkpoint(keep, checkpoints, result.state)
+
+
 def _best_so_far(state: TrainState, keep: Keep | None, checkpoints: Checkpoints | None) -> Best:
     """Where the run of these checkpoints stands. Raises ValueError where they are ahead of the state."""
     if checkpoints is None:

@@ -31,7 +31,6 @@ from data_pipelines.patches import (
 from experiments.run.model import CARD, Network, save
 from experiments.run.patch_feed import PatchFeed
 from experiments.run.workdir import WorkdirError
-from srcc_jax.checkpoints import Checkpoints
 from srcc_jax.losses import Prepare, softmax_cross_entropy
 from srcc_jax.metrics import roc_auc
 from srcc_jax.models.architecture import Architecture, normalize
@@ -40,7 +39,7 @@ from srcc_jax.models.layers import fold_batch_norm
 from srcc_jax.models.zoo import build
 from srcc_jax.parallel import by_rows, put, whole
 from srcc_jax.schedules import by_cosine
-from srcc_jax.train import Keep, TrainState, best_checkpoint, fit, init_state, make_train_step
+from srcc_jax.train import Keep, TrainState, fit_to_best, init_state, make_train_step
 
 METRIC = "validation_loss"
 SCHEDULES = ("cosine", "by_epoch")
@@ -146,23 +145,19 @@ class PatchTrainer:
         steps = self.recipe.epoch_steps or math.ceil(len(train) / self.recipe.batch)
         end = self.recipe.epochs * steps
         span, unit = (end, 1) if self.recipe.schedule == "cosine" else (_SLOW_UNITS * steps, steps)
-        state = init_state(variables, self._optimizer(span=span, unit=unit), seed, self.mesh)
-        keep = Keep(metric=METRIC, mode="min")
-        with Checkpoints(str(_claimed(folder, about))) as checkpoints:
-            result = fit(
-                self._step,
-                checkpoints.resume(state),
-                lambda begin: self._batches(reader, train, seed, begin, end),
-                num_steps=end,
-                mesh=self.mesh,
-                evaluate=lambda state: self._evaluate(state, reader, validation),
-                every=steps,
-                keep=keep,
-                checkpoints=checkpoints,
-                log=log,
-                stop=self._stop,
-            )
-            best = best_checkpoint(keep, checkpoints, result.state)
+        best = fit_to_best(
+            self._step,
+            init_state(variables, self._optimizer(span=span, unit=unit), seed, self.mesh),
+            lambda begin: self._batches(reader, train, seed, begin, end),
+            folder=str(_claimed(folder, about)),
+            keep=Keep(metric=METRIC, mode="min"),
+            num_steps=end,
+            mesh=self.mesh,
+            evaluate=lambda state: self._evaluate(state, reader, validation),
+            every=steps,
+            log=log,
+            stop=self._stop,
+        )
         found = jax.device_get(best.variables)
         save(
             Network(self.architecture, found, {"fit": about, "step": best.step, "metrics": dict(best.metrics)}), folder

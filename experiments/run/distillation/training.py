@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from data_pipelines.patches import Patches, PatchesError, PatchReader, ShuffledRows
 from experiments.run.patch_feed import PatchFeed
 from experiments.run.workdir import Workdir
-from srcc_jax.checkpoints import Checkpoints
 from srcc_jax.methods.reverse_distillation import (
     FIXED_THRESHOLD,
     Config,
@@ -28,7 +27,7 @@ from srcc_jax.methods.reverse_distillation import (
 from srcc_jax.metrics import accuracy, best_threshold, roc_auc
 from srcc_jax.models.distillation import DistillationArchitecture
 from srcc_jax.parallel import by_rows, put, whole
-from srcc_jax.train import BestCheckpoint, Keep, TrainState, best_checkpoint, fit, init_state, make_train_step
+from srcc_jax.train import BestCheckpoint, Keep, TrainState, fit_to_best, init_state, make_train_step
 
 METRIC, AUC = "validation_accuracy", "validation_auc"
 STAGE = "train"
@@ -82,24 +81,20 @@ class DistillationStudy:
         end = max(1, round(config.last_epoch * sampler.steps_per_epoch))
         adam = optax.adam(config.rate, b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_epsilon)
         tx = optax.flatten(adam)  # one vector instead of hundreds of arrays: less to compile, one update
-        step_fn = make_train_step(make_loss(self.teacher, self.student, config, alpha=self.alpha), tx, self.mesh)
         selects = AUC if config.selection == "auc" else METRIC
-        keep = Keep(metric=selects, mode="max", patience=config.patience)
-        with Checkpoints(str(self.workdir.path / "checkpoints")) as checkpoints:
-            result = fit(
-                step_fn,
-                checkpoints.resume(init_state(variables, tx, config.seed, self.mesh)),
-                lambda begin: self._batches(sampler, begin, end),
-                num_steps=end,
-                mesh=self.mesh,
-                evaluate=self.evaluate,
-                every=max(1, round(sampler.steps_per_epoch)),
-                keep=keep,
-                checkpoints=checkpoints,
-                log=self._log,
-                stop=self.stop,
-            )
-            return best_checkpoint(keep, checkpoints, result.state)
+        return fit_to_best(
+            make_train_step(make_loss(self.teacher, self.student, config, alpha=self.alpha), tx, self.mesh),
+            init_state(variables, tx, config.seed, self.mesh),
+            lambda begin: self._batches(sampler, begin, end),
+            folder=str(self.workdir.path / "checkpoints"),
+            keep=Keep(metric=selects, mode="max", patience=config.patience),
+            num_steps=end,
+            mesh=self.mesh,
+            evaluate=self.evaluate,
+            every=max(1, round(sampler.steps_per_epoch)),
+            log=self._log,
+            stop=self.stop,
+        )
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Of the validation patches: accuracy (at the threshold that the settings select by), best threshold, AUC."""

@@ -16,12 +16,11 @@ from data_pipelines.patches import Patches, PatchesError, PatchReader, ShuffledR
 from experiments.run.patch_feed import PatchFeed
 from experiments.run.scoring import probability
 from experiments.run.workdir import Workdir
-from srcc_jax.checkpoints import Checkpoints
 from srcc_jax.methods.patch_grids import Config, fold, make_loss, make_middle_logit
 from srcc_jax.metrics import accuracy, best_threshold, log_loss, roc_auc
 from srcc_jax.models.architecture import Architecture
 from srcc_jax.parallel import by_rows, put, whole
-from srcc_jax.train import BestCheckpoint, Keep, TrainState, best_checkpoint, fit, init_state, make_train_step
+from srcc_jax.train import BestCheckpoint, Keep, TrainState, fit_to_best, init_state, make_train_step
 
 METRIC = "validation_accuracy"
 STAGE = "train"
@@ -62,22 +61,19 @@ class GridStudy:
         sampler = ShuffledRows(self.rows["train"], config.batch, config.seed)
         end = max(1, round(config.epochs * sampler.steps_per_epoch))
         tx = optax.flatten(optax.sgd(config.learning_rate, momentum=config.momentum))
-        keep = Keep(metric=METRIC, mode="max")
-        with Checkpoints(str(self.workdir.path / "checkpoints")) as checkpoints:
-            result = fit(
-                make_train_step(make_loss(self.architecture, config), tx, self.mesh),
-                checkpoints.resume(init_state(variables, tx, config.seed, self.mesh)),
-                lambda begin: self._batches(sampler, begin, end),
-                num_steps=end,
-                mesh=self.mesh,
-                evaluate=self.evaluate,
-                every=max(1, round(sampler.steps_per_epoch)),
-                keep=keep,
-                checkpoints=checkpoints,
-                log=self._log,
-                stop=self.stop,
-            )
-            return best_checkpoint(keep, checkpoints, result.state)
+        return fit_to_best(
+            make_train_step(make_loss(self.architecture, config), tx, self.mesh),
+            init_state(variables, tx, config.seed, self.mesh),
+            lambda begin: self._batches(sampler, begin, end),
+            folder=str(self.workdir.path / "checkpoints"),
+            keep=Keep(metric=METRIC, mode="max"),
+            num_steps=end,
+            mesh=self.mesh,
+            evaluate=self.evaluate,
+            every=max(1, round(sampler.steps_per_epoch)),
+            log=self._log,
+            stop=self.stop,
+        )
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Of the middle patches of the validation grids: accuracy at 0.5, log loss, AUC, and the threshold with the best accuracy."""
