@@ -32,7 +32,7 @@ def write_tables(folder: pathlib.Path, config: Config, results: Sequence[Mapping
 
 def row_name(model: str) -> str:
     """A --model, after the name that the paper's Table 1 has for it."""
-    return f"{ROWS[model][0]} ({model})" if model in ROWS else model
+    return f"{ROWS[model][0]}, {model}" if model in ROWS else model
 
 
 def screening_rows(name: str, results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
