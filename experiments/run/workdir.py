@@ -32,9 +32,8 @@ _PACKAGES = (
 )
 
 
-_LOCKS: dict[
-    pathlib.Path, int
-] = {}  # file descriptors of the work directories of this process, which are its own until it ends
+# Descriptors of the lock files of the work directories that this process has open.
+_LOCKS: dict[pathlib.Path, int] = {}
 
 
 class WorkdirError(ValueError):
