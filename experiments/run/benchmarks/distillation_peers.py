@@ -22,7 +22,7 @@ def jax_task(task: str, network: str, side: int, batch: int) -> Callable[[], Non
     import jax
     import optax
 
-    from experiments.run.program import set_cpu_flags
+    from experiments.run.program import prefer_wide_vectors
     from srcc_jax import parallel
     from srcc_jax.kernels.windows import make_window_fn
     from srcc_jax.methods.reverse_distillation import Config, fold, make_anomaly_map, make_loss, patch_scores
@@ -30,7 +30,7 @@ def jax_task(task: str, network: str, side: int, batch: int) -> Callable[[], Non
     from srcc_jax.models.teachers import cut, student_architecture
     from srcc_jax.train import init_state, make_train_step
 
-    set_cpu_flags()
+    prefer_wide_vectors()
     parallel.set_cpu_devices(1 if task == "train" else len(os.sched_getaffinity(0)))
     mesh = parallel.make_mesh()
     teacher = cut(zoo.architecture(network, source="torchvision", classes=1))

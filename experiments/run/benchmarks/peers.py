@@ -86,7 +86,7 @@ def jax_task(task: str, network: str, side: int, batch: int) -> Callable[[], Non
     import jax
     import optax
 
-    from experiments.run.program import set_cpu_flags
+    from experiments.run.program import prefer_wide_vectors
     from srcc_jax import parallel
     from srcc_jax.losses import binary_cross_entropy
     from srcc_jax.models.architecture import normalize
@@ -94,7 +94,7 @@ def jax_task(task: str, network: str, side: int, batch: int) -> Callable[[], Non
     from srcc_jax.models.zoo import build, init
     from srcc_jax.train import init_state, make_train_step
 
-    set_cpu_flags()
+    prefer_wide_vectors()
     parallel.set_cpu_devices(len(os.sched_getaffinity(0)))
     mesh, net = parallel.make_mesh(), _architecture(network)
     variables = init(net, jax.random.key(0))

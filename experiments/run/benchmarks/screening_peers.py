@@ -52,7 +52,7 @@ def jax_task(task: str, network: str, side: int, batch: int) -> Callable[[], Non
     """The same of ours, as the program runs it: scored as the stage `features` and a map besides, trained by the step of `fit`."""
     import jax
 
-    from experiments.run.program import set_cpu_flags
+    from experiments.run.program import prefer_wide_vectors
     from srcc_jax import parallel
     from srcc_jax.kernels.windows import make_window_fn
     from srcc_jax.methods.gastric_screening import Config, patch_architecture, patch_loss
@@ -62,7 +62,7 @@ def jax_task(task: str, network: str, side: int, batch: int) -> Callable[[], Non
     from srcc_jax.plateau import adjustable_adam
     from srcc_jax.train import init_state, make_train_step
 
-    set_cpu_flags()
+    prefer_wide_vectors()
     devices = len(os.sched_getaffinity(0))
     parallel.set_cpu_devices(max(count for count in range(1, devices + 1) if batch % count == 0))
     mesh = parallel.make_mesh()

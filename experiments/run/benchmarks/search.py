@@ -115,11 +115,11 @@ def _memory(queries: np.ndarray, candidates: np.ndarray, k: int) -> Callable[[],
 def _search(queries: np.ndarray, candidates: np.ndarray, k: int) -> Callable[[], object]:
     import jax
 
-    from experiments.run.program import set_cpu_flags
+    from experiments.run.program import prefer_wide_vectors
     from srcc_jax import parallel
     from srcc_jax.kernels.neighbours import nearest
 
-    set_cpu_flags()
+    prefer_wide_vectors()
     parallel.set_cpu_devices(len(os.sched_getaffinity(0)))
     jax.block_until_ready(jax.numpy.zeros(1))
     return lambda: nearest(queries, candidates, k=k)
