@@ -2,7 +2,8 @@
 
     python -m experiments.detection_study --digestpath=digestpath_signet_ring --monuseg=monuseg --glas=glas --workdir=runs/cells
 
-DigestPath: each annotated crop is held out in turn. MoNuSeg and GlaS: half of the boxes are withheld, and recall of the withheld ones
+DigestPath: each annotated crop is held out in turn; of a crop that is known to have no such cells one half is trained on as normal
+tissue, and false positives are counted in the other. MoNuSeg and GlaS: half of the boxes are withheld, and recall of the withheld ones
 and precision are measured by round. Every model is trained by the command that a user runs (experiments.cell_detection); a study that
 was cut off goes on with the run that is not finished. A run with --training=self_extra gives the rows FT, ST and ST-Ex, the states of
 one model after its rounds; one with cooperative gives CT. Leaves rounds.csv, with a line for each model and round, table.md and
@@ -20,7 +21,14 @@ from absl import flags
 from data_pipelines.boxes import read_box_folder
 from data_pipelines.cell_images import ANNOTATIONS, IMAGE_ENDINGS, NEGATIVE, POSITIVE
 from data_pipelines.exports import write_json, write_table, write_text
-from experiments.run.cells.study_data import Material, copy_folder, read_truth, write_material, write_splits
+from experiments.run.cells.study_data import (
+    Material,
+    copy_folder,
+    read_truth,
+    write_halves,
+    write_material,
+    write_splits,
+)
 from experiments.run.cells.study_table import ABSENT, Outcome, read_rounds, score_boxes, summarise
 from experiments.run.program import UsageError, command, run
 from srcc_jax.methods.cell_detection import NETWORKS
@@ -54,26 +62,27 @@ _LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Adam's learning rate
 TRAININGS = ("self_extra", "cooperative")
 # Pixels of the images are reduced so that a cell is 20 to 50 pixels wide and a step takes about a second on two cores.
 SIZES: dict[str, dict[str, object]] = {
-    "digestpath": {"reduce": 4, "crop": 128, "batch": 8, "window": 256, "overlap": 64, "min_area": 20, "edge_px": 2},
+    "digestpath": {"reduce": 4, "crop": 128, "batch": 8, "window": 256, "overlap": 64, "min_area": 20, "edge_px": 3},
     "monuseg": {"reduce": 1, "crop": 128, "batch": 8, "window": 256, "overlap": 64, "min_area": 10, "edge_px": 1},
-    "glas": {"reduce": 4, "crop": 128, "batch": 8, "window": 160, "overlap": 64, "min_area": 20, "edge_px": 2},
+    "glas": {"reduce": 4, "crop": 128, "batch": 8, "window": 160, "overlap": 64, "min_area": 20, "edge_px": 3},
 }
 
 
 def digestpath_folds(workdir: pathlib.Path) -> Iterator[tuple[str, Material]]:
-    """Held-out crop -> material: the other annotated crops to train on, crops without boxes as unlabelled, normal ones held out."""
+    """Held-out crop -> material: the other annotated crops and the left halves of normal ones to train on, crops without boxes as
+    unlabelled, the right halves of normal ones held out with the crop."""
     root = pathlib.Path(_DIGESTPATH.value or "")
     bare = [path for path in sorted((root / "no_boxes").iterdir()) if path.suffix.lower() in IMAGE_ENDINGS]
     normal = [path for path in bare if path.name.startswith(tuple(_NORMAL.value))]
     data, unlabelled = workdir / "data", workdir / "unlabelled"
     files = sorted(path for path in (root / "gt").iterdir() if path.suffix.lower() in IMAGE_ENDINGS | ANNOTATIONS)
     copy_folder(files, data / POSITIVE)
-    copy_folder(normal, data / NEGATIVE)
+    trained, held = write_halves(normal, data / NEGATIVE)
     copy_folder([path for path in bare if path not in normal], unlabelled)
     truth = {name: boxes.box for name, boxes in read_box_folder(root / "gt").items()}
-    names = [*truth, *(path.stem for path in normal)]
+    names = [*truth, *trained, *held]
     for number, held_out in enumerate(truth):
-        test = [held_out, *(path.stem for path in normal)]
+        test = [held_out, *held]
         yield (
             str(number),
             Material(data, unlabelled, write_splits(workdir / f"groups_{number}.csv", names, test), truth, {}),

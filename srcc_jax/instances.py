@@ -12,6 +12,7 @@ from scipy import ndimage, sparse
 from scipy.sparse.linalg import splu
 from skimage.segmentation import watershed
 
+BACKGROUND, EDGE, INNER = range(3)  # classes of a pixel
 BETA = 130.0  # scikit-image's default
 _FLOOR = 1e-10  # added to every weight, as scikit-image does, so that no edge is cut
 _LARGEST = 400_000  # undecided pixels in one piece: beyond, the factors of its system may take gigabytes
@@ -38,18 +39,20 @@ def find_instances(
 ) -> Instances:
     """The cells on a map of probabilities float [H, W, 3] of background, edge and inner region (Li et al. 2019, §2.2).
 
-    Seeds are the 4-connected parts, of at least `min_area` pixels, where the inner region is more probable than `threshold`. The walker
-    gives each pixel whose most probable class is not background, and which is no seed, to one of the seeds it is connected with; what is
-    connected with none is background. spread: standard deviation that differences of probability are measured by; None: this map's own.
-    A part of a larger map gets the labels that it has there, as far as its cells lie inside, where the larger map's is given.
+    Seeds are the 4-connected parts, of at least `min_area` pixels, where the inner region is more probable than `threshold` and than
+    either other class. The walker gives each pixel whose most probable class is not background, and which is no seed, to one of the
+    seeds it is connected with; what is connected with none is background. spread: standard deviation that differences of probability
+    are measured by; None: this map's own. A part of a larger map gets the labels that it has there, as far as its cells lie inside,
+    where the larger map's is given.
     """
-    inner = np.asarray(probability[..., 2], np.float64)
-    parts, found = ndimage.label(inner > threshold)
+    inner = np.asarray(probability[..., INNER], np.float64)
+    most_probable = probability.argmax(-1)
+    parts, found = ndimage.label((inner > threshold) & (most_probable == INNER))
     size = np.bincount(parts.ravel(), minlength=found + 1)
     large = size >= min_area
     large[0] = False
     seeds = np.where(large, np.cumsum(large), 0)[parts].astype(np.int32)
-    markers = np.where(seeds == 0, np.where(probability.argmax(-1) > 0, 0, -1), seeds)
+    markers = np.where(seeds == 0, np.where(most_probable > 0, 0, -1), seeds)
     label = random_walker(inner, markers, beta=beta, spread=spread)
     return measure_instances(label, seeds, inner)
 

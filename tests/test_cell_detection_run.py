@@ -23,7 +23,8 @@ from experiments.run.cells.regions import RegionCutter
 from experiments.run.model import Model
 from experiments.run.program import UsageError
 from experiments.run.workdir import Workdir, WorkdirError
-from srcc_jax.methods.cell_detection import INNER, Config, make_probability, target_mask
+from srcc_jax.instances import INNER
+from srcc_jax.methods.cell_detection import Config, make_probability, target_mask
 from srcc_jax.models import pretrained, zoo
 from srcc_jax.parallel import make_mesh
 from tests import programs, small_networks

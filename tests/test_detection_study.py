@@ -115,9 +115,13 @@ def test_digestpath_holds_out_each_crop_and_scores_the_third_party(shared_data, 
         root = shared_data / "patches" / "digestpath_signet_ring"
         outcome = programs.start(module, digestpath=root, workdir=tmp_path, seeds=1)
     assert outcome.status == 0, outcome.err
-    assert len(calls) == 6 and len(read_cell_images(calls[0]["data"]).images) == 4
+    images = read_cell_images(calls[0]["data"]).images
+    assert len(calls) == 6 and len(images) == 5
+    assert {image.width for image in images if image.kind == "normal"} == {1000}
     tested = [{n for n, g in read_groups(values["groups"]).items() if g["split"] == "test"} for values in calls]
-    assert all(len(names) == 2 and any(n.startswith("18-36771A") for n in names) for names in tested)
+    assert all(
+        len(names) == 2 and any(n.startswith("18-36771A") and n.endswith("-right") for n in names) for names in tested
+    )
     assert len(set.union(*tested)) == 4 and len(list((tmp_path / "digestpath" / "unlabelled").iterdir())) == 2
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["rows"][0]["model"] == "predicted_yolov3"

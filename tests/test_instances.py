@@ -95,6 +95,13 @@ def test_small_seeds_are_no_cells():
     assert len(find_instances(probability, threshold=0.5, min_area=100)) == 1
 
 
+def test_seeds_are_where_the_inner_region_is_most_probable():
+    """Card f.4: argmax, which a threshold below one half (cooperative training's 0.33) does not give by itself."""
+    probability = np.full((20, 41, 3), (0.1, 0.1, 0.8))
+    probability[:, 20] = 0.15, 0.45, 0.40
+    assert len(find_instances(probability, threshold=0.33, min_area=20)) == 2
+
+
 def test_edges_without_a_seed_are_background():
     probability = scene([(40, 40, 18), (90, 90, 10)])
     away = np.hypot(*(np.mgrid[:120, :120] - 90)) < 12

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from srcc_jax.augment import turn
-from srcc_jax.instances import BETA, Instances
+from srcc_jax.instances import BACKGROUND, BETA, EDGE, INNER, Instances
 from srcc_jax.losses import Loss, one_against_rest, soft_intersection_over_union
 from srcc_jax.models import zoo
 from srcc_jax.models.architecture import Architecture, normalize
 from srcc_jax.models.layers import fold_batch_norm
 from srcc_jax.settings import check_settings, setting
 
-BACKGROUND, EDGE, INNER = range(3)
 IGNORED = 255  # pixels beyond the image
 TRAININGS = ("full", "self", "self_extra", "cooperative")
 NETWORKS = tuple(name for family in zoo.FAMILIES if family.dense for name in family.variants if "unet" in name)

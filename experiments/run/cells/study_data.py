@@ -95,6 +95,19 @@ def copy_folder(files: Sequence[pathlib.Path], to: pathlib.Path) -> pathlib.Path
     return to
 
 
+def write_halves(files: Sequence[pathlib.Path], to: pathlib.Path) -> tuple[list[str], list[str]]:
+    """Cuts images in two down the middle: the names of the left halves and of the right ones, which are in the folder `to` as PNG."""
+    names: tuple[list[str], list[str]] = [], []
+    for file in files:
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+        middle = pixels.shape[1] // 2
+        for half, place, found in zip((pixels[:, :middle], pixels[:, middle:]), ("left", "right"), names):
+            found.append(f"{file.stem}-{place}")
+            if not (to / f"{found[-1]}.png").exists():
+                write_image(to / f"{found[-1]}.png", np.ascontiguousarray(half))
+    return names
+
+
 def write_splits(path: pathlib.Path, names: Sequence[str], test: Sequence[str]) -> pathlib.Path:
     """The table that cell_detection --groups takes, with the split of each image."""
     write_table(path, {"image": list(names), "split": ["test" if name in test else "train" for name in names]})
