@@ -7,13 +7,14 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from xml.etree import ElementTree
 
 import numpy as np
 
 from data_pipelines.annotations import read_annotation
 from data_pipelines.files import atomic_write
+from data_pipelines.polygons import Shape
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".svs"})
 ANNOTATIONS = frozenset({".xml", ".json", ".geojson"})
@@ -45,26 +46,38 @@ NONE = Boxes(np.zeros((0, 4)), np.zeros(0))
 
 def read_boxes(path: str | os.PathLike) -> Boxes:
     """Of one image, from any format of annotations: the box around each shape that has an area. AnnotationError, OSError."""
-    shapes = [shape for shape in read_annotation(path) if shape.kind != "point"]
+    return shape_boxes(read_annotation(path))
+
+
+def shape_boxes(shapes: Iterable[Shape]) -> Boxes:
+    """The box around each shape that has an area."""
+    shapes = [shape for shape in shapes if shape.kind != "point"]
     box = np.asarray([shape.bounds for shape in shapes]).reshape(-1, 4)
     return Boxes(box, np.asarray([math.nan if shape.score is None else shape.score for shape in shapes], float))
 
 
+def by_image(files: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
+    """Image -> its annotation file. Raises BoxesError where an image has two."""
+    found: dict[str, pathlib.Path] = {}
+    for path in files:
+        name = image_name(path.name)
+        other = found.setdefault(name, path)
+        if other != path:
+            raise BoxesError(f"{path.parent}: two files for the image {name}, {other.name} and {path.name}: keep one")
+    return found
+
+
 def read_box_folder(folder: str | os.PathLike) -> dict[str, Boxes]:
-    """Image -> boxes, of every annotation file in a folder; an image goes by the file's name without its ending."""
-    files = sorted(path for path in pathlib.Path(folder).iterdir() if path.suffix.lower() in ANNOTATIONS)
-    names = [path.stem for path in files]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise BoxesError(f"{folder}: two files for the image {twice[0]}: keep one")
-    return {path.stem: read_boxes(path) for path in files}
+    """Image -> boxes, of every annotation file in a folder; an image goes by `image_name` of the file."""
+    files = by_image(path for path in sorted(pathlib.Path(folder).iterdir()) if path.suffix.lower() in ANNOTATIONS)
+    return {name: read_boxes(path) for name, path in files.items()}
 
 
 def read_box_table(path: str | os.PathLike) -> dict[str, Boxes]:
     """Image -> boxes, of a CSV with the columns image, x1, y1, x2, y2 and score (or confidence, prob, probability).
 
-    An image may come with its folder and ending; it goes by its name without them. A line with an image and nothing else
-    says that the image was looked at and has no boxes.
+    An image may come with its folder and ending; it goes by its name without them. Corners may come in any order. A line with
+    an image and nothing else says that the image was looked at and has no boxes.
     """
     path = pathlib.Path(path)
     rows: dict[str, list[list[float]]] = {}
@@ -80,7 +93,12 @@ def read_box_table(path: str | os.PathLike) -> dict[str, Boxes]:
             if any(row[name] for name in _CORNERS):
                 boxes.append([_number(path, reader.line_num, name, row[name]) for name in (*_CORNERS, score[0])])
     tables = {image: np.asarray(boxes, float).reshape(-1, 5) for image, boxes in rows.items()}
-    return {image: Boxes(table[:, :4], table[:, 4]) for image, table in tables.items()}
+    return {image: Boxes(_in_order(table[:, :4]), table[:, 4]) for image, table in tables.items()}
+
+
+def _in_order(corners: np.ndarray) -> np.ndarray:
+    """Boxes [N, 4] of any two opposite corners (x, y, x, y)."""
+    return np.sort(corners.reshape(-1, 2, 2), axis=1).reshape(-1, 4)
 
 
 def write_boxes(
@@ -110,9 +128,11 @@ def write_boxes(
 
 
 def image_name(image: str) -> str:
-    """The name by which an image goes: of its file, without folder and ending."""
+    """The name by which an image goes: of its file, without folder and endings (case.svs.xml is the annotation of case.svs)."""
     name = pathlib.PurePath(image)
-    return name.stem if name.suffix.lower() in IMAGE_ENDINGS | ANNOTATIONS else name.name
+    while name.suffix.lower() in IMAGE_ENDINGS | ANNOTATIONS:
+        name = name.with_suffix("")
+    return name.name
 
 
 def require_scores(boxes: dict[str, Boxes], *, where: str) -> None:

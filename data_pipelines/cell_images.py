@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.annotations import AnnotationError
-from data_pipelines.boxes import ANNOTATIONS, IMAGE_ENDINGS, BoxesError, read_boxes
+from data_pipelines.boxes import ANNOTATIONS, IMAGE_ENDINGS, BoxesError, by_image, image_name, read_boxes
+from data_pipelines.cohort_rows import SPLIT_NAMES, listed
 
 POSITIVE, NEGATIVE = "sig-train-pos", "sig-train-neg"  # folders of DigestPath
 ANNOTATED, NORMAL, UNLABELLED = "annotated", "normal", "unlabelled"
@@ -22,7 +23,7 @@ _LEVEL = "-lv0-"  # what follows the slide's name in the names of DigestPath
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellImage:
-    """name: of the file without ending; kind: annotated, normal (no cells) or unlabelled; boxes float64 [N, 4], [x1, y1, x2, y2) in
+    """name: of the file (see `image_name`); kind: annotated, normal (no cells) or unlabelled; boxes float64 [N, 4], [x1, y1, x2, y2) in
     pixels, inside the image; width, height in pixels."""
 
     name: str
@@ -56,7 +57,8 @@ def read_cell_images(folder: str | os.PathLike[str]) -> CellImages:
 
     In DigestPath's layout sig-train-pos holds annotated images and sig-train-neg images without cells, which need no annotation. In a flat
     folder an annotation without a box says that its image has no cells. An image that cannot be decoded or has no annotation where it
-    needs one, and an annotation that cannot be read or has no image, are left out and told. Raises BoxesError where nothing can be used.
+    needs one, and an annotation that cannot be read or has no image, are left out and told. Raises BoxesError where nothing can be used,
+    and for two images of one name or two annotations of one image.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -86,7 +88,7 @@ def read_unlabelled(folder: str | os.PathLike[str]) -> CellImages:
         if isinstance(size, str):
             left_out[str(path)] = size
         else:
-            images.append(CellImage(path.stem, path, UNLABELLED, np.zeros((0, 4)), *size))
+            images.append(CellImage(image_name(path.name), path, UNLABELLED, np.zeros((0, 4)), *size))
     _check_names(folder, images)
     if not images:
         raise BoxesError(f"{folder}: holds no image that can be read")
@@ -114,12 +116,11 @@ def clip_boxes(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
 
 def _read_folder(folder: Path, needs_annotation: bool) -> CellImages:
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    annotations = {path.stem: path for path in files if path.suffix.lower() in ANNOTATIONS}
+    annotations = by_image(path for path in files if path.suffix.lower() in ANNOTATIONS)
     pictures = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
+    names = {image_name(path.name) for path in pictures}
     left_out = {
-        str(path): "has no image of its name beside it"
-        for stem, path in annotations.items()
-        if stem not in {p.stem for p in pictures}
+        str(path): "has no image of its name beside it" for name, path in annotations.items() if name not in names
     }
     images: list[CellImage] = []
     notes: list[str] = []
@@ -127,7 +128,7 @@ def _read_folder(folder: Path, needs_annotation: bool) -> CellImages:
         try:
             if isinstance(size, str):
                 raise BoxesError(size)
-            images.append(_image(path, size, annotations.get(path.stem), needs_annotation, notes))
+            images.append(_image(path, size, annotations.get(image_name(path.name)), needs_annotation, notes))
         except (AnnotationError, BoxesError) as error:
             left_out[str(path)] = str(error)
     return CellImages(tuple(images), left_out, tuple(notes))
@@ -150,7 +151,7 @@ def _image(
         raise BoxesError("all its boxes lie outside: the annotation is another image's, or of another magnification")
     if needs_annotation and not len(found):
         notes.append(f"{annotation}: no box: taken as an image without cells")
-    return CellImage(path.stem, path, ANNOTATED if len(boxes) else NORMAL, boxes, *size)
+    return CellImage(image_name(path.name), path, ANNOTATED if len(boxes) else NORMAL, boxes, *size)
 
 
 def _sizes(paths: Sequence[Path]) -> list[tuple[Path, tuple[int, int] | str]]:
@@ -176,7 +177,8 @@ def _check_names(folder: Path, images: Sequence[CellImage]) -> None:
 
 
 def read_groups(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
-    """image -> what a table (CSV: image, and any of slide_id, patient_id, organ, split) says of it. Raises BoxesError."""
+    """image -> what the filled cells of a table (CSV: image, and any of slide_id, patient_id, organ, split) say of it. An image goes by
+    `image_name`. Raises BoxesError."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         rows, names = list(reader), reader.fieldnames or []
@@ -185,7 +187,28 @@ def read_groups(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
         raise BoxesError(
             f"{path}: needs the column image and one of slide_id, patient_id, organ, split; it has {', '.join(names)}"
         )
-    return {row["image"]: {name: (row[name] or "").strip() for name in known} for row in rows}
+    groups: dict[str, dict[str, str]] = {}
+    for row in rows:
+        said = {column: text for column in known if (text := (row[column] or "").strip())}
+        said |= {"split": said["split"].lower()} if "split" in said else {}
+        name = image_name((row["image"] or "").strip())
+        if said.get("split", "train") not in SPLIT_NAMES:
+            raise BoxesError(f"{path}: the split of {name} is {said['split']!r}: give one of {', '.join(SPLIT_NAMES)}")
+        if groups.setdefault(name, said) != said:
+            raise BoxesError(f"{path}: two rows of the image {name} say different things: keep one")
+    return groups
+
+
+def check_groups(path: str | os.PathLike[str], groups: Mapping[str, object], names: Sequence[str]) -> tuple[str, ...]:
+    """What is to be told of rows of a table of groups (see `read_groups`) whose image is not among `names`. Raises BoxesError where no
+    row's image is."""
+    missing = sorted(set(groups) - set(names))
+    if len(missing) == len(groups):
+        first = "".join(f"; it names {name}" for name in missing[:1])
+        raise BoxesError(
+            f"{path}: none of its {len(groups)} rows is of an image, the first of which is {names[0]}{first}"
+        )
+    return (f"{path}: {len(missing)} of {len(groups)} rows are of no image: {listed(missing)}",) if missing else ()
 
 
 def assign_folds(
@@ -223,9 +246,9 @@ def _units(names: Sequence[str], groups: Mapping[str, Mapping[str, str]]) -> np.
     unit = np.arange(len(names))
     first: dict[tuple[str, str], int] = {}
     for row, name in enumerate(names):
-        known = {"slide_id": name.split(_LEVEL)[0], **groups.get(name, {})}
-        for column, value in known.items():
-            if value and column != "split":
+        said = {column: value for column, value in groups.get(name, {}).items() if value}
+        for column, value in {"slide_id": name.split(_LEVEL)[0], **said}.items():
+            if column != "split":
                 other = first.setdefault((column, value), row)
                 unit[unit == unit[row]] = unit[other]
     return unit

@@ -4,9 +4,10 @@
     python -m experiments.cell_detection --data=cohort.csv --workdir=runs/cells --training=cooperative
 
 --data is a folder of images with annotation files beside them (in DigestPath's layout sig-train-pos and sig-train-neg, or flat), or
-a cohort table (CSV) of slides with box annotations, from which regions are cut. --unlabelled is a folder of regions that nobody
-annotated; those of a cohort are drawn from its slides. The run goes on where it was when the same command is given again. Leaves masks
-by round (rounds/), the model (weights.npz, model.json), detections/, metrics.json and report.html in the work directory.
+a cohort table (CSV) of slides with box annotations, from which regions are cut. Images of the split test, of the cohort or of --groups,
+are held out, or else those of one of --folds. --unlabelled is a folder of regions that nobody annotated; those of a cohort are drawn
+from its slides. The run goes on where it was when the same command is given again. Leaves masks by round (rounds/), the model
+(weights.npz, model.json), detections/, metrics.json and report.html in the work directory.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from data_pipelines.cell_images import (
     ANNOTATED,
     NORMAL,
     CellImage,
+    CellImages,
     assign_folds,
+    check_groups,
     read_cell_images,
     read_groups,
     read_unlabelled,
 )
 from data_pipelines.cohort import read_cohort
+from data_pipelines.cohort_rows import listed
 from experiments.run import settings as settings_module
 from experiments.run.cells.evaluation import Scoring
 from experiments.run.cells.held_out import HeldOut, write_found
@@ -114,22 +118,24 @@ def settings(config: Config) -> dict[str, Any]:
 
 def read_images(config: Config, workdir: Workdir) -> Given:
     """The images that are trained on, and those held out. Raises BoxesError, CohortError, SlideError, UsageError."""
-    folder, groups = pathlib.Path(_DATA.value), read_groups(_GROUPS.value) if _GROUPS.value else {}
+    folder, told = pathlib.Path(_DATA.value), read_groups(_GROUPS.value) if _GROUPS.value else {}
     unlabelled = pathlib.Path(_UNLABELLED.value) if _UNLABELLED.value else None
+    groups: dict[str, dict[str, str]] = {}
+    notes: list[str] = []
     if folder.is_file():
-        cut = RegionCutter(config, workdir.path / "regions", _POSITIVE.value, _MPP_OVERRIDE.value)
-        groups = cut.cut(read_cohort(folder), threads=_THREADS.value) | groups
-        folder, unlabelled = cut.folder, unlabelled or cut.unlabelled
-    found = read_cell_images(folder)
-    if config.uses_unlabelled and (unlabelled is None or not unlabelled.is_dir()):
-        raise UsageError(
-            f"--training={config.training} needs regions that nobody annotated: give --unlabelled=<folder>"
-        )
-    extra = read_unlabelled(unlabelled) if config.uses_unlabelled and unlabelled else None
-    left_out = {**found.left_out, **(extra.left_out if extra else {})}
-    notes = [*found.notes, *(f"left out: {file}: {reason}" for file, reason in left_out.items())]
+        cutter = RegionCutter(config, workdir.path / "regions", _POSITIVE.value, _MPP_OVERRIDE.value)
+        cut = cutter.cut(read_cohort(folder), threads=_THREADS.value)
+        groups, folder = cut.groups, cutter.folder
+        notes += cut.notes
+        unlabelled = unlabelled or (cutter.unlabelled if cutter.unlabelled.is_dir() else None)
+    found, extra = read_cell_images(folder), read_extra(config, unlabelled)
+    if _GROUPS.value:
+        notes += check_groups(_GROUPS.value, told, [image.name for image in (*found.images, *extra.images)])
+    groups = {name: {**groups.get(name, {}), **told.get(name, {})} for name in {**groups, **told}}
+    notes += [*found.notes, *extra.notes]
+    notes += [f"left out: {file}: {reason}" for file, reason in {**found.left_out, **extra.left_out}.items()]
     train, held_out = divide(config, found.images, groups)
-    regions = usable_regions(config, extra.images if extra else (), found.images, held_out, groups)
+    regions = usable_regions(config, extra.images, found.images, held_out, groups)
     if not any(image.kind == ANNOTATED for image in train):
         raise BoxesError(f"{_DATA.value}: no annotated image is left to train on: give more images, or fewer folds")
     data = CellData(
@@ -138,6 +144,19 @@ def read_images(config: Config, workdir: Workdir) -> Given:
         regions,
     )
     return Given(data, held_out, tuple(notes))
+
+
+def read_extra(config: Config, unlabelled: pathlib.Path | None) -> CellImages:
+    """The unlabelled regions, none where the training has no use for them, which is told if they were given. Raises BoxesError,
+    UsageError."""
+    if not config.uses_unlabelled:
+        note = f"--unlabelled={_UNLABELLED.value} is not used: --training={config.training} trains on annotated images"
+        return CellImages((), {}, (note,) if _UNLABELLED.value else ())
+    if unlabelled is None:
+        raise UsageError(
+            f"--training={config.training} needs regions that nobody annotated: give --unlabelled=<folder>"
+        )
+    return read_unlabelled(unlabelled)
 
 
 def usable_regions(
@@ -164,17 +183,19 @@ def usable_regions(
 def divide(
     config: Config, images: Sequence[CellImage], groups: dict[str, dict[str, str]]
 ) -> tuple[tuple[CellImage, ...], tuple[CellImage, ...]]:
-    """Images to train on, and those held out: of the split `test` where a cohort has splits, else of a fold."""
-    if any(group.get("split") for group in groups.values()) and not config.folds:
-        test = [groups.get(image.name, {}).get("split") == "test" for image in images]
-    elif config.folds:
+    """Images to train on, and those held out: of a fold, else of the split `test`. Raises UsageError where both are asked for."""
+    test = [groups.get(image.name, {}).get("split") == "test" for image in images]
+    if config.folds:
+        if any(test):
+            names = listed([image.name for image, out in zip(images, test) if out])
+            raise UsageError(
+                f"--folds={config.folds} would train on images of the split test ({names}): leave --folds away, or the test images"
+            )
         fold = assign_folds(
             [image.name for image in images], [image.kind for image in images], groups,
             folds=config.folds, mode=config.fold_mode, seed=config.split_seed,
         )  # fmt: skip
         test = (fold == config.fold).tolist()
-    else:
-        test = [False] * len(images)
     return (
         tuple(image for image, out in zip(images, test) if not out),
         tuple(image for image, out in zip(images, test) if out),

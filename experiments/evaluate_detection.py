@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from absl import flags
 
-from data_pipelines.boxes import NONE, Boxes, image_name, read_box_folder, read_box_table, read_names, require_scores
-from data_pipelines.cell_images import ANNOTATED, NORMAL, assign_folds, read_groups
+from data_pipelines.boxes import NONE, Boxes, read_box_folder, read_box_table, read_names, require_scores
+from data_pipelines.cell_images import ANNOTATED, NORMAL, assign_folds, check_groups, read_groups
 from data_pipelines.cohort_rows import listed
 from data_pipelines.exports import write_json, write_table, write_text
 from experiments.run.cells.evaluation import Scoring
@@ -76,11 +76,10 @@ def read_detections(paths: Sequence[str]) -> dict[str, Boxes]:
     for path in [part for given in paths for part in _of_slides(pathlib.Path(given))]:
         found = read_box_folder(path) if path.is_dir() else read_box_table(path)
         require_scores(found, where=str(path))
-        named = {image_name(name): boxes for name, boxes in found.items()}
-        twice = sorted(set(named) & set(together))
+        twice = sorted(set(found) & set(together))
         if twice:
             raise UsageError(f"detections of {listed(twice)} are in {path} and before it: give each image's once")
-        together |= named
+        together |= found
     return together
 
 
@@ -120,6 +119,8 @@ def score_folds(
     names = [*images, *normal]
     kinds = [ANNOTATED] * len(images) + [NORMAL] * len(normal)
     groups = read_groups(_GROUPS.value) if _GROUPS.value else {}
+    for note in check_groups(_GROUPS.value, groups, names) if _GROUPS.value else ():
+        print(note)
     fold = assign_folds(names, kinds, groups, folds=_FOLDS.value, mode=_FOLD_MODE.value, seed=_SPLIT_SEED.value)
     of = dict(zip(names, fold))
     numbers = []

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.annotations import AnnotationWarning
 from data_pipelines.boxes import Boxes, read_boxes, write_boxes
 from data_pipelines.cell_images import read_cell_images
 from data_pipelines.cell_masks import read_mask
-from data_pipelines.cohort import Cohort, SlideRecord
+from data_pipelines.cohort import Cohort, SlideRecord, write_cohort
+from data_pipelines.geojson import shape_feature, write_geojson
 from data_pipelines.pyramids import write_pyramid
-from data_pipelines.slides import SlideError
-from experiments.run.cells import rounds, starting
+from data_pipelines.slides import RegionError, SlideError, open_slide
+from experiments.run.cells import regions, rounds, starting
 from experiments.run.cells.inference import CellScorer
 from experiments.run.cells.learner import Learner
 from experiments.run.cells.model import CellModel
@@ -125,12 +127,22 @@ def test_a_run_leaves_model_masks_numbers_and_report(cooperative, runs):
         assert [r["begin"] for r in found] == [0, *(r["until"] for r in found[:-1])]
         assert found[0]["iou"] is None and 0 < found[1]["iou"] <= 1
         assert set(found[3]["cells"]) == {"region 0", "region 1"}
+        for r, (number, kind) in zip(found, enumerate(["boxes", "self", "self", "extra", "extra"])):
+            masks = (workdir / "rounds" / f"{number:02d}_{kind}" / model).glob("*.png")
+            assert r["inner"] == pytest.approx(np.mean([read_mask(path) == INNER for path in masks]))
+            assert kind == "boxes" or f"{model}, {number:02d}_{kind}: {r['inner']:.1%} of the masks" in outcome.out
     metrics = json.loads((workdir / "metrics.json").read_text())
     assert metrics["images"]["annotated"] == metrics["images"]["normal"] == 2 and metrics["images"]["held out"] == 4
     assert metrics["instance recall"]["value"] > 0.5 and "FROC (mean recall)" in metrics
     assert len(list((workdir / "detections").glob("*.xml"))) == 4
     page = (workdir / "report.html").read_text()
-    assert "paper, CT (easy)" in page and "pictures/held_out/pos" in page and "Cell detection" in page
+    assert metrics["rounds"]["1_unet"][4]["inner"] == found[4]["inner"]
+    assert (
+        f"04_extra {found[4]['inner']:.1%}" in page
+        and "paper, CT (easy)" in page
+        and "pictures/held_out/pos" in page
+        and "Cell detection" in page
+    )
 
 
 def test_masks_are_merged_with_the_boxes(cooperative, runs):
@@ -228,13 +240,37 @@ def test_a_finished_run_is_left_alone(cooperative, runs):
     assert outcome.status == 0 and "finished before" in outcome.out
 
 
-def test_self_training_stops_when_masks_stop_growing(runs):
-    outcome = start(runs, "stopped", training="self_extra", unlabelled=runs / "unlabelled", stop_iou=0.01)
+def test_self_training_stops_when_masks_stop_growing(runs, monkeypatch):
+    """And masks that are cells all over are told; of rounds that an older version listed, their share is found again."""
+    monkeypatch.setattr(rounds, "MOST_INNER", 0.0)
+    given = {"training": "self_extra", "unlabelled": runs / "unlabelled", "stop_iou": 0.01}
+    outcome = start(runs, "stopped", **given)
     assert outcome.status == 0, outcome.err
+    metrics = json.loads((runs / "stopped" / "metrics.json").read_text())
+    assert "cells, or most cells had no box. Look at rounds/01_self/0_unet" in outcome.out
+    assert any(note.startswith("0_unet, 01_self: ") for note in metrics["notes"])
+    for listing in (runs / "stopped" / "rounds").glob("*/0_unet.json"):
+        kept = {name: value for name, value in json.loads(listing.read_text()).items() if name != "inner"}
+        listing.write_text(json.dumps(kept))
+    (runs / "stopped" / "metrics.json").unlink()
+    assert start(runs, "stopped", **given).status == 0
+    assert json.loads((runs / "stopped" / "metrics.json").read_text()) == metrics
     found = listed(runs / "stopped", 1, "self", "0_unet")
     assert found["stopped"] and found["until"] == found["begin"] == FIRST
     assert not (runs / "stopped" / "rounds" / "02_self").exists()
     assert listed(runs / "stopped", 3, "extra", "0_unet")["begin"] == FIRST
+
+
+def test_masks_that_are_cells_all_over_are_told(tmp_path):
+    def found(*inner):
+        parts = [f"{n:02d}_self" for n in range(len(inner))]
+        return [rounds.Round(tmp_path / p / "a", 0, 1, None, False, {}, share) for p, share in zip(parts, inner)]
+
+    assert rounds.overgrown("a", found(0.1, 0.3, 0.31, 0.1)) == [
+        "a, 02_self: 31.0% of the masks is inner region, 10.0% where the boxes are: it takes too much for cells, or most cells had no "
+        "box. Look at rounds/02_self/a"
+    ]
+    assert len(rounds.overgrown("a", found(0.4, 0.5, 0.51))) == 1 and not rounds.overgrown("a", found(0.9))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +279,7 @@ def test_self_training_stops_when_masks_stop_growing(runs):
         ({"training": "self", "workdir": "cooperative"}, "training: 'cooperative' there, 'self' asked for"),
         ({"training": "cooperative"}, "needs regions that nobody annotated: give --unlabelled"),
         ({"training": "self", "second_pretrained": "x.pth"}, "--second_pretrained is of the second network"),
+        ({"training": "self_extra", "unlabelled": "nowhere"}, "nowhere: no such folder of unlabelled images"),
         ({"training": "full", "data": "nowhere"}, "nowhere: no such folder"),
         ({"training": "full", "folds": 9}, "9 folds of 8 images from 8 independent groups"),
         ({"training": "full", "crop": 40}, "--crop=40 must be a multiple of 32"),
@@ -252,6 +289,16 @@ def test_self_training_stops_when_masks_stop_growing(runs):
 def test_what_cannot_be_done_is_said_in_a_line(cooperative, runs, changes, words):
     changes = {"workdir": f"refused {list(changes)[-1]}", **changes}
     assert words in one_line(start(runs, **changes))
+
+
+def test_tables_of_groups_that_do_not_fit_are_refused(runs):
+    """Of other images; with a split test, which folds would train on."""
+    for row, words in (
+        ("i1.png,test", "groups.csv: none of its 1 rows is of an image, the first of which is pos 0"),
+        ("pos 1.png,test", "--folds=2 would train on images of the split test (pos 1): leave --folds away"),
+    ):
+        (runs / "groups.csv").write_text(f"image,split\n{row}\n")
+        assert words in one_line(start(runs, f"refused {row[:2]}", training="full", groups=runs / "groups.csv"))
 
 
 def test_other_images_need_another_work_directory(cooperative, runs, tmp_path):
@@ -315,9 +362,10 @@ def test_regions_are_cut_from_slides(tmp_path):
         SlideRecord("bad", tmp_path / "bad.tiff", "srcc", "p3", "train"),
     ))  # fmt: skip
     cutter = RegionCutter(Config(region_px=256, regions=2), tmp_path / "regions", "srcc")
-    groups = cutter.cut(cohort, threads=1)
-    assert groups == cutter.cut(cohort, threads=1)  # read again
-    assert {group["split"] for group in groups.values()} == {"train", "test"}
+    cut = cutter.cut(cohort, threads=1)
+    assert cut == cutter.cut(cohort, threads=1)  # read again
+    assert {group["split"] for group in cut.groups.values()} == {"train", "test"}
+    assert list(cut.failed) == ["bad"] and cut.notes[0].startswith("left out: slide bad: ")
     found = read_cell_images(cutter.folder)
     assert sum(len(image.boxes) for image in found.images) == 2 and {i.slide_id for i in found.images} == {
         "with",
@@ -325,9 +373,108 @@ def test_regions_are_cut_from_slides(tmp_path):
     }
     x, y = (float(part) for part in found.images[0].name.split("-")[2:4])
     np.testing.assert_allclose(found.images[0].boxes[0], boxes[0] - [x, y, x, y], atol=1)
-    assert "bad" in json.loads((cutter.folder / "regions.json").read_text())["failed"]
     for path in cutter.unlabelled.glob("*.png"):
         at = np.array([float(part) for part in path.stem.split("-")[2:4]])
         assert (np.abs(boxes[:, :2] - at - 128).max(axis=1) > 100).all()
     with pytest.raises(SlideError, match="none of 1 slides has an annotated region"):
         RegionCutter(Config(), tmp_path / "other", "srcc").cut(Cohort(cohort.records[2:]), threads=1)
+
+
+SQUARES = [(300.0, 310.0), (700.0, 720.0)]  # cells of 40 px
+
+
+@pytest.fixture
+def annotated(tmp_path):
+    """(squares (x, y, side) in level-0 px, bounds) -> a slide of 1024 px whose GeoJSON counts from its bounds."""
+
+    def make(squares, bounds=(0, 0)):
+        write_pyramid(tmp_path / "s.tiff", programs.tissue(1024), mpp=0.25, levels=2)
+        features = [shape_feature(programs.square(*given), slide_id="s", offset=bounds) for given in squares]
+        write_geojson(tmp_path / "s.geojson", features)
+        return SlideRecord("s", tmp_path / "s.tiff", "srcc", "p", annotation=tmp_path / "s.geojson")
+
+    return make
+
+
+def cut_one(record, folder):
+    return RegionCutter(Config(region_px=256, regions=2), folder, "srcc").cut(Cohort((record,)), threads=1)
+
+
+def test_geojson_of_a_slide_with_bounds_counts_from_them(annotated, tmp_path, monkeypatch):
+    def with_bounds(path, **given):
+        slide = open_slide(path, **given)
+        slide.bounds = (200, 100, 800, 900)
+        return slide
+
+    monkeypatch.setattr(regions, "open_slide", with_bounds)
+    cut_one(annotated([(*place, 40.0) for place in SQUARES], (200, 100)), tmp_path / "regions")
+    found = [image for image in read_cell_images(tmp_path / "regions").images if len(image.boxes)]
+    corners = [np.array([float(part) for part in image.name.split("-")[2:4]]) for image in found]
+    assert sorted(tuple((image.boxes[0, :2] + at).round(-1)) for image, at in zip(found, corners)) == SQUARES
+
+
+def test_annotations_outside_the_slide_give_no_regions(annotated, tmp_path):
+    with pytest.raises(SlideError, match=r"all 1 shapes .* lie outside the slide of 1024 x 1024 pixels"):
+        cut_one(annotated([(5000.0, 5000.0, 40.0)]), tmp_path / "none")
+    with pytest.warns(AnnotationWarning, match="1 of 2 shapes lie outside the slide"):
+        cut_one(annotated([(5000.0, 5000.0, 40.0), (300.0, 310.0, 40.0)]), tmp_path / "one")
+    (image,) = (image for image in read_cell_images(tmp_path / "one").images if len(image.boxes))
+    assert image.name.startswith("s-lv0-192-202")
+
+
+def test_outlines_of_tissue_are_no_cells(annotated, tmp_path):
+    with pytest.raises(
+        SlideError, match="1 of 2 shapes are larger than a training crop of 64 µm, up to 200 µm: boxes of single"
+    ):
+        cut_one(annotated([(100.0, 100.0, 800.0), (300.0, 310.0, 40.0)]), tmp_path / "regions")
+
+
+def test_a_slide_that_fails_half_way_leaves_no_region(annotated, tmp_path, monkeypatch):
+    """No table would know the split of what it left."""
+    write, written = regions.write_image, []
+
+    def fail_at_the_second(path, pixels):
+        written.append(path)
+        if len(written) == 2:
+            raise RegionError("a broken tile")
+        write(path, pixels)
+
+    monkeypatch.setattr(regions, "write_image", fail_at_the_second)
+    with pytest.raises(
+        SlideError, match="none of 1 slides has an annotated region; the first: left out: slide s: a broken tile"
+    ):
+        cut_one(annotated([(*place, 40.0) for place in SQUARES]), tmp_path / "regions")
+    assert not list((tmp_path / "regions").rglob("s-*"))
+
+
+def test_a_cohort_of_slides_is_trained_on(runs, tmp_path):
+    """Three slides, the last of them held out by its split; a fourth cannot be opened, which the report says."""
+    records = []
+    for number, (name, label, split) in enumerate(
+        [("with", "srcc", "train"), ("without", "benign", "train"), ("held", "srcc", "test"), ("bad", "srcc", "train")]
+    ):
+        path, annotation = tmp_path / f"{name}.tiff", None
+        if name == "bad":
+            path.write_bytes(b"no slide")
+        else:
+            write_pyramid(path, programs.tissue(1024, seed=number), mpp=0.25, levels=2)
+        if label == "srcc":
+            annotation = tmp_path / f"{name}.xml"
+            annotate(annotation, [(x, y, x + 14, y + 14) for x, y in SQUARES])
+        records.append(SlideRecord(name, path, label, f"p{number}", split, annotation=annotation))
+    write_cohort(tmp_path / "cohort.csv", records)
+    given = {
+        "data": tmp_path / "cohort.csv",
+        "training": "full",
+        "epochs": 1,
+        "folds": 0,
+        "region_px": 64,
+        "regions": 2,
+    }
+    outcome = start(runs, tmp_path / "run", unlabelled=runs / "unlabelled", **given)
+    assert outcome.status == 0, outcome.err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["images"] == {"annotated": 2, "boxes": 2, "normal": 2, "unlabelled": 0, "held out": 2}
+    page = (tmp_path / "run" / "report.html").read_text()
+    for words in ("left out: slide bad: ", "is not used: --training=full trains on annotated images"):
+        assert words in outcome.out and words in page and any(words in note for note in metrics["notes"])

@@ -11,6 +11,7 @@ from data_pipelines.cell_images import (
     ANNOTATED,
     NORMAL,
     assign_folds,
+    check_groups,
     load_image,
     read_cell_images,
     read_groups,
@@ -125,6 +126,12 @@ def test_a_flat_folder_and_what_cannot_be_used(folder, tmp_path):
         read_cell_images(folder)
 
 
+def test_two_annotations_of_an_image_are_refused(folder):
+    (folder / "sig-train-pos" / f"{NAME}.json").write_text("{}")
+    with pytest.raises(BoxesError, match=f"two files for the image {NAME}, {NAME}.json and {NAME}.xml: keep one"):
+        read_cell_images(folder)
+
+
 def test_unlabelled_folders(folder, tmp_path):
     assert [image.name for image in read_unlabelled(folder / "sig-train-neg").images] == ["other"]
     (tmp_path / "empty").mkdir()
@@ -174,9 +181,34 @@ def test_organs_join_slides_and_too_few_groups_are_refused():
 def test_tables_of_groups(tmp_path):
     (tmp_path / "g.csv").write_text("image,organ,other\na b,colon,x\n")
     assert read_groups(tmp_path / "g.csv") == {"a b": {"organ": "colon"}}
+    (tmp_path / "g.csv").write_text("image,slide_id,split\nx/a.png,,Test\nb.svs.xml,s,\n")
+    assert read_groups(tmp_path / "g.csv") == {"a": {"split": "test"}, "b": {"slide_id": "s"}}
+    (tmp_path / "g.csv").write_text("image,split\na.png,test\na.xml,train\n")
+    with pytest.raises(BoxesError, match=r"g.csv: two rows of the image a say different things"):
+        read_groups(tmp_path / "g.csv")
+    (tmp_path / "g.csv").write_text("image,split\na.png,held out\n")
+    with pytest.raises(BoxesError, match=r"g.csv: the split of a is 'held out': give one of train, validation, test"):
+        read_groups(tmp_path / "g.csv")
     (tmp_path / "g.csv").write_text("image,other\na,x\n")
     with pytest.raises(BoxesError, match="one of slide_id, patient_id, organ"):
         read_groups(tmp_path / "g.csv")
+
+
+def test_groups_of_images_that_are_not_there():
+    assert check_groups("g.csv", {"a": {}, "b": {}}, ["a", "b", "c"]) == ()
+    assert check_groups("g.csv", {"a": {}, "x": {}}, ["a", "b"]) == ("g.csv: 1 of 2 rows are of no image: x",)
+    with pytest.raises(
+        BoxesError, match=r"g.csv: none of its 1 rows is of an image, the first of which is a; it names x"
+    ):
+        check_groups("g.csv", {"x": {}}, ["a"])
+
+
+def test_an_empty_slide_leaves_the_one_that_the_name_tells(tmp_path):
+    names = ["s-lv0-1", "s-lv0-2", "t-lv0-1"]
+    (tmp_path / "g.csv").write_text("image,slide_id\ns-lv0-1,\ns-lv0-2,\nt-lv0-1,\n")
+    for groups in (read_groups(tmp_path / "g.csv"), {name: {"slide_id": ""} for name in names}):
+        fold = assign_folds(names, [ANNOTATED] * 3, groups, folds=2, mode="hard", seed=0)
+        assert fold[0] == fold[1] != fold[2]
 
 
 def test_masks_are_pictures_that_come_back(tmp_path):

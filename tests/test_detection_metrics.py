@@ -89,8 +89,16 @@ def test_worked_boxes():
 def test_worked_froc():
     images = [hits([0.95, 0.9, 0.7, 0.4, 0.3], [1, 1, 1, 0, 1], 5)]
     normal = [np.asarray([0.92, 0.8, 0.6]), np.asarray([0.5, 0.35])]
-    np.testing.assert_allclose(recall_at_rates(images, normal), [0.6, 0.6, 0.8, 0.8, 0.8, 0.8])
-    np.testing.assert_allclose(recall_at_rates(images, normal, rule="at_kth"), [0.4, 0.6, 0.8, 0.8, 0.8, 0.8])
+    best, public = (recall_at_rates(images, normal, rule=rule) for rule in ("above_next", "at_kth"))
+    np.testing.assert_allclose(best, [0.6, 0.6, 0.8, 0.8, 0.8, 0.8])
+    np.testing.assert_allclose(public, [0.4, 0.6, 0.8, 0.8, 0.8, 0.8])
+    assert (best.mean(), public.mean()) == (pytest.approx(0.7333, abs=5e-5), pytest.approx(0.7))
+
+
+def test_worked_false_positives():
+    normal = [np.full(3, 0.9), np.zeros(0), np.full(1, 0.2)]
+    assert normal_false_positives(normal) == pytest.approx(1.333, abs=5e-4)
+    assert challenge_false_positives(normal) == pytest.approx(98.667, abs=5e-4)
 
 
 def test_no_false_positive_allowed():

@@ -87,6 +87,29 @@ def test_what_cannot_be_scored_is_refused(evaluating, small):
     assert "no annotated box" in one_line(evaluate(evaluating, small))
 
 
+def test_names_with_two_endings_and_corners_in_any_order(evaluating, small):
+    """case1.svs.xml, as some programs call it, is of case1; a table whose corners are the other way round holds the same boxes."""
+    (small / "truth" / "case1.svs.xml").write_text(VOC.format("", 10, 10, 50, 50))
+    lines = ["image,x1,y1,x2,y2,score", "case1,50,50,12,12,0.8", "with space,50,12,12,50,0.8"]
+    (small / "found.csv").write_text("\n".join(lines))
+    outcome = evaluate(evaluating, small)
+    assert outcome.status == 0, outcome.err
+    assert json.loads((small / "out" / "metrics.json").read_text())["instance recall"]["value"] == 1
+    assert read_box_table(small / "found.csv")["case1"].box.tolist() == [[12, 12, 50, 50]]
+    (small / "truth" / "case1.xml").write_text(VOC.format("", 10, 10, 50, 50))
+    assert "two files for the image case1, case1.svs.xml and case1.xml" in one_line(evaluate(evaluating, small))
+
+
+def test_groups_of_other_images_are_told(evaluating, small):
+    (small / "truth" / "other.xml").write_text(VOC.format("", 10, 10, 50, 50))
+    given = {"folds": 2, "fold_mode": "easy", "groups": small / "groups.csv"}
+    (small / "groups.csv").write_text("image,organ\nother.png,colon\nstrange.png,colon\n")
+    outcome = evaluate(evaluating, small, **given)
+    assert outcome.status == 0 and "groups.csv: 1 of 2 rows are of no image: strange" in outcome.out
+    (small / "groups.csv").write_text("image,organ\nstrange.png,colon\n")
+    assert "groups.csv: none of its 1 rows is of an image" in one_line(evaluate(evaluating, small, **given))
+
+
 def test_tables_and_folders(tmp_path):
     table = tmp_path / "t.csv"
     table.write_text("image,x1,y1,x2,y2\n")
@@ -97,7 +120,7 @@ def test_tables_and_folders(tmp_path):
         read_box_table(table)
     for ending in ("xml", "json"):
         (tmp_path / f"a.{ending}").write_text("<annotation></annotation>")
-    with pytest.raises(BoxesError, match="two files for the image a"):
+    with pytest.raises(BoxesError, match=r"two files for the image a, a.json and a.xml: keep one"):
         read_box_folder(tmp_path)
 
 

@@ -15,7 +15,7 @@ from data_pipelines.exports import write_image, write_json, write_text
 from data_pipelines.files import atomic_folder
 from experiments.run.cells.evaluation import FALSE_POSITIVES, FROC, INSTANCE_RECALL
 from experiments.run.cells.held_out import HELD_OUT, TRUTH, HeldOut
-from experiments.run.cells.rounds import CellData, Round
+from experiments.run.cells.rounds import CellData, Round, overgrown
 from experiments.run.workdir import Workdir, versions
 from srcc_jax.methods.cell_detection import Config
 from srcc_jax.methods.cell_detection_paper import TABLE
@@ -29,6 +29,7 @@ def write_results(
     settings: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Everything, metrics.json last."""
+    notes = [*notes, *(note for name, rounds in done.items() for note in overgrown(name, rounds))]
     model = next(iter(done))
     last = _folders(held_out, done)[model][-1][1]
     merit = held_out.merit(last) if held_out.images else {}
@@ -42,7 +43,7 @@ def write_results(
         title="Cell detection",
         subtitle=f"{settings['training']}, {', '.join(done)}",
         summary={name: {"image": interval} for name, interval in merit.items()},
-        notes=_notes(held_out, data),
+        notes=[*_notes(held_out, data), *_inner(done)],
         warnings=list(notes),
         comparison=_comparison(held_out, done),
         slides=slides,
@@ -64,7 +65,7 @@ def _about(
     """What a run did, of which images."""
     rounds = {
         name: [
-            {"folder": r.folder.parent.name, "steps": r.until - r.begin, "iou": r.iou, "stopped": r.stopped}
+            {"folder": r.name, "steps": r.until - r.begin, "iou": r.iou, "stopped": r.stopped, "inner": r.inner}
             for r in found
         ]
         for name, found in done.items()
@@ -83,7 +84,7 @@ def _folders(held_out: HeldOut, done: Mapping[str, Sequence[Round]]) -> dict[str
     """Model -> (round, folder of held-out detections) of the rounds that were trained in."""
     found = {}
     for name, rounds in done.items():
-        places = [r.folder.parent.name for r in rounds if not r.stopped]
+        places = [r.name for r in rounds if not r.stopped]
         found[name] = [(place, held_out.rounds / place / (name + HELD_OUT)) for place in places]
     return found
 
@@ -121,6 +122,15 @@ def _notes(held_out: HeldOut, data: CellData) -> list[str]:
     ]
 
 
+def _inner(done: Mapping[str, Sequence[Round]]) -> list[str]:
+    return [
+        f"Inner region in the masks of {model}, of unlabelled regions in rounds called extra, else of annotated images: "
+        + ", ".join(f"{r.name} {r.inner:.1%}" for r in rounds)
+        + "."
+        for model, rounds in done.items()
+    ]
+
+
 def _held_out_rows(held_out: HeldOut, folder: pathlib.Path, workdir: pathlib.Path) -> list[SlideRow]:
     found = held_out.found(folder) if held_out.images else {}
     matches = held_out.scoring.matches({image.name: image.boxes for image in held_out.images}, found)
@@ -148,9 +158,9 @@ def _training_rows(
             for model, rounds in done.items():
                 for r in rounds:
                     if image.name in r.cells:
-                        path = pathlib.Path("pictures") / model / r.folder.parent.name / f"{image.name}.png"
+                        path = pathlib.Path("pictures") / model / r.name / f"{image.name}.png"
                         _draw_mask(config, image, r, workdir / path)
-                        pictures[f"{model}, {r.folder.parent.name}"] = path.as_posix()
+                        pictures[f"{model}, {r.name}"] = path.as_posix()
             measures = {"boxes": len(image.boxes), "detected": None, "matched": None}
             rows.append(
                 SlideRow(slide_id=image.name, label=f"trained on, {image.kind}", measures=measures, images=pictures)

@@ -22,6 +22,7 @@ from experiments.run.cells.learner import Learner, Place, instances_of
 from experiments.run.progress import progress
 from srcc_jax.instances import Instances
 from srcc_jax.methods.cell_detection import (
+    INNER,
     Agreement,
     Config,
     instance_mask,
@@ -32,6 +33,8 @@ from srcc_jax.methods.cell_detection import (
 from srcc_jax.train import Interrupted
 
 BOXES, SELF, EXTRA = "boxes", "self", "extra"
+MOST_INNER = 0.5  # ours: share of inner region in a round's masks above which it is told
+GROWTH = 3  # ours: the same as a multiple of the share in the masks of the boxes
 MaskOf = Callable[[CellImage], tuple[np.ndarray, Instances | None]]
 
 
@@ -48,7 +51,7 @@ class CellData:
 class Round:
     """A round that has its masks. folder: where they are; begin, until: steps of the model before and after it; iou: agreement with the
     masks of the round before, None where there are none to compare; stopped: they agree so far that nobody trains on them; cells: image ->
-    cells detected on it, None for the masks of boxes."""
+    cells detected on it, None for the masks of boxes; inner: share of the pixels of all its masks that are inner region."""
 
     folder: pathlib.Path
     begin: int
@@ -56,6 +59,12 @@ class Round:
     iou: float | None
     stopped: bool
     cells: Mapping[str, int | None]
+    inner: float
+
+    @property
+    def name(self) -> str:
+        """As 01_self."""
+        return self.folder.parent.name
 
     def mask(self, image: CellImage) -> pathlib.Path:
         """The file of an image's mask."""
@@ -97,6 +106,7 @@ class Rounds:
                 before=seen,
                 epochs=config.self_epochs,
             )
+            self._tell(learner, done[0], found)
             done.append(found)
             if found.stopped:
                 break
@@ -119,6 +129,7 @@ class Rounds:
                     learner, place, EXTRA, self.data.unlabelled, self._others_masks(teacher),
                     before=before[learner.name], epochs=epochs,
                 )  # fmt: skip
+                self._tell(learner, done[learner.name][0], chosen[learner.name])
                 done[learner.name].append(chosen[learner.name])
             if all(found.stopped for found in chosen.values()):
                 break
@@ -195,10 +206,22 @@ class Rounds:
             until = learner.step + (0 if stopped else epochs * self._epoch(kind))
             write_json(
                 listing,
-                {"begin": learner.step, "until": until, "iou": iou, "stopped": stopped, "cells": cells},
-            )
+                {
+                    "begin": learner.step, "until": until, "iou": iou, "stopped": stopped, "cells": cells,
+                    "inner": inner_share(folder, images),
+                },
+            )  # fmt: skip
         found = json.loads(listing.read_text())
+        if "inner" not in found:  # listed by an older version
+            found["inner"] = inner_share(folder, images)
         return Round(folder, **found)
+
+    def _tell(self, learner: Learner, boxes: Round, found: Round) -> None:
+        """Says how much of the masks of a round that is yet to be trained on is inner region."""
+        if learner.step == found.begin:
+            print(f"{learner.name}, {found.name}: {found.inner:.1%} of the masks is inner region", flush=True)
+            for warning in overgrown(learner.name, [boxes, found]):
+                print(warning, flush=True)
 
     def _write_masks(
         self, folder: pathlib.Path, images: Sequence[CellImage], begin: Callable[[], MaskOf], *, what: str
@@ -241,3 +264,23 @@ class Rounds:
 def scaled(found: Instances, factor: int) -> Boxes:
     """Boxes with scores in pixels of the image before it was reduced by a factor."""
     return Boxes(found.box * factor, found.score)
+
+
+def inner_share(folder: pathlib.Path, images: Sequence[CellImage]) -> float:
+    """Share of the pixels of all masks in a folder that are inner region."""
+    counts = np.zeros(2)
+    for image in images:
+        mask = read_mask(folder / f"{image.name}.png")
+        counts += (mask == INNER).sum(), mask.size
+    return float(counts[0] / counts[1])
+
+
+def overgrown(model: str, rounds: Sequence[Round]) -> list[str]:
+    """What is to be told of rounds of a model, the first of which has the masks of the boxes: that nearly everything became a cell."""
+    boxes = rounds[0].inner
+    return [
+        f"{model}, {found.name}: {found.inner:.1%} of the masks is inner region, {boxes:.1%} where the boxes are: it takes too much for "
+        f"cells, or most cells had no box. Look at rounds/{found.name}/{model}"
+        for found in rounds[1:]
+        if found.inner > min(MOST_INNER, GROWTH * boxes)
+    ]
