@@ -14,9 +14,12 @@ from PIL import Image
 from data_pipelines.annotations import AnnotationError, rasterize
 from data_pipelines.cohort import SlideRecord
 from data_pipelines.prepare import read_shapes
-from data_pipelines.slides import open_slide
+from data_pipelines.slides import Slide, open_slide
 
 IMAGES = frozenset({".tif", ".tiff", ".png"})
+_UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, Image.DecompressionBombError, tifffile.TiffFileError)
+_CURE = "write it again, as TIFF with levels where it is large"
+_PADDED = 0.01  # part of a side by which a mask may be longer or shorter than the slide: some are padded to whole tiles
 _TUMOUR_VALUES = (1, 255)  # of masks; 2 is normal tissue in masks of Camelyon17's kind
 
 
@@ -60,6 +63,7 @@ def _from_image(record: SlideRecord, mpp: float, mpp_override: float | None) -> 
     if record.path.exists():
         with open_slide(record.path, mpp_cohort=record.mpp, mpp_override=mpp_override) as slide:
             width, slide_mpp = slide.width, slide.mpp
+            _check_shape(path, levels[0], slide)
     if slide_mpp is None:
         raise AnnotationError(
             f"{path}: the slide {record.path} is not there and its scale is not known: fill the column `mpp` of the cohort table"
@@ -75,6 +79,22 @@ def _from_image(record: SlideRecord, mpp: float, mpp_override: float | None) -> 
     return TumourMask(np.isin(values, _TUMOUR_VALUES), scale[nearest], width / levels[nearest][0])
 
 
+def coarser(found: TumourMask, mpp: float) -> TumourMask:
+    """Every k-th pixel of a mask that is finer, so that it is as near to `mpp` as that allows; as it is where it is not."""
+    step = max(1, round(mpp / found.mpp))
+    return TumourMask(found.mask[step // 2 :: step, step // 2 :: step], found.mpp * step, found.downsample * step)
+
+
+def _check_shape(path: pathlib.Path, size: tuple[int, int], slide: Slide) -> None:
+    """AnnotationError where width and height of a mask are not those of the slide at one scale, but for rounding."""
+    width, height = size
+    wanted = width * slide.height / slide.width
+    if abs(height - wanted) > max(1 + wanted / width, _PADDED * wanted):
+        raise AnnotationError(
+            f"{path}: has {width} × {height} pixels, the slide {slide.width} × {slide.height}: it is the mask of another slide"
+        )
+
+
 def _levels(path: pathlib.Path) -> list[tuple[int, int]]:
     """(width, height) of each level of a mask image."""
     try:
@@ -83,18 +103,30 @@ def _levels(path: pathlib.Path) -> list[tuple[int, int]]:
                 return [image.size]
         with tifffile.TiffFile(path) as tif:
             return [(level.shape[1], level.shape[0]) for level in tif.series[0].levels]
-    except (OSError, tifffile.TiffFileError, IndexError) as error:
-        raise AnnotationError(f"{path}: no mask image can be read from it ({error}): write it again") from error
+    except _UNREADABLE as error:
+        raise AnnotationError(f"{path}: no mask image can be read from it ({error}): {_CURE}") from error
 
 
 def _read_level(path: pathlib.Path, level: int) -> np.ndarray:
-    """[H, W], the first channel of a mask image."""
+    """[H, W] of a level of a mask image, in grey or in any one colour."""
     try:
         if path.suffix.lower() == ".png":
             with Image.open(path) as image:
                 values = np.asarray(image)
         else:
             values = tifffile.imread(path, level=level)
-    except (OSError, ValueError, tifffile.TiffFileError) as error:
-        raise AnnotationError(f"{path}: level {level} of the mask cannot be read ({error}): write it again") from error
-    return values[..., 0] if values.ndim == 3 else values
+    except _UNREADABLE as error:
+        raise AnnotationError(f"{path}: level {level} of the mask cannot be read ({error}): {_CURE}") from error
+    return _one_colour(values, path) if values.ndim == 3 else values
+
+
+def _one_colour(values: np.ndarray, path: pathlib.Path) -> np.ndarray:
+    """[H, W, C] -> [H, W]: the channels that hold something, of which a fourth is transparency. AnnotationError where they hold
+    different things: which colour is tumour?"""
+    found = values[..., 0]
+    channels = [values[..., n] for n in range(min(values.shape[-1], 3) if values.shape[-1] > 2 else 1)]
+    for channel in channels:
+        found = np.maximum(found, channel)
+    if any(channel.any() and ((channel > 0) != (found > 0)).any() for channel in channels):
+        raise AnnotationError(f"{path}: is a mask of several colours: write the tumour alone, as 255 on 0")
+    return found

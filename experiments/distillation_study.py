@@ -4,13 +4,14 @@
     python -m experiments.distillation_study --section=mosaic --workdir=runs/few_shot ...
 
 Validation and test patches are fixed before the first run. Every model is trained, and reads the test patches once, by the command
-that a user runs (experiments.reverse_distillation); a study that was cut off goes on with the run that is not finished. Leaves
-table.md, results.csv, summary.json and curve.png, written anew after each run. --section=mosaic lays the test patches out as slides,
-predicts them with one of the models, and scores lesions and slides.
+that a user runs (reverse_distillation; patch_classification for --arms=supervised); a study that was cut off goes on with the run
+that is not finished. Leaves table.md, results.csv, summary.json and curve.png, written anew after each run. --section=mosaic lays
+the test patches out as slides, predicts them with one of the models, and scores lesions and slides.
 """
 
 from __future__ import annotations
 
+import json
 import pathlib
 import shutil
 from typing import Any
@@ -21,13 +22,24 @@ from absl import flags
 from data_pipelines.exports import write_json, write_table
 from data_pipelines.patches import Patches, read_patches, write_patches
 from experiments.run.distillation.baselines import baseline_scores, pooled_features
-from experiments.run.distillation.few_shot import ARMS, DISTANCE, LOGISTIC, MAIN, Row, divide, name_slides, plan
+from experiments.run.distillation.few_shot import (
+    DISTANCE,
+    FURTHER,
+    LOGISTIC,
+    MAIN,
+    SUPERVISED,
+    Row,
+    divide,
+    finished_rows,
+    name_slides,
+    plan,
+)
 from experiments.run.distillation.few_shot_table import Result, read_result, write_tables
 from experiments.run.distillation.mosaic_slides import predict_and_score, write_cohort
 from experiments.run.distillation.report import measure
-from experiments.run.distillation.teachers import load_teacher
+from experiments.run.distillation.teachers import keep_teacher, load_teacher
 from experiments.run.program import UsageError, command, run, start_devices
-from experiments.run.workdir import Workdir, file_hash
+from experiments.run.workdir import Workdir, file_hash, keep_record
 from srcc_jax.methods.reverse_distillation import Config, training_rows
 from srcc_jax.metrics import best_threshold
 from srcc_jax.models import zoo
@@ -55,7 +67,9 @@ _TEST = flags.DEFINE_list("test", ["40", "140"], "normal and tumour test patches
 _NORMAL = flags.DEFINE_integer("normal_patches", 300, "normal patches to train on; 0: all there are")
 _COUNTS = flags.DEFINE_list("tumour_patches", ["0", "5", "10", "50", "100", "180"], "numbers of tumour patches")
 _SEEDS = flags.DEFINE_integer("seeds", 3, f"seeds of the main arm ({MAIN}) and of the baseline")
-_ARMS = flags.DEFINE_list("arms", [], "further arms, as focal_pixel")
+_ARMS = flags.DEFINE_list(
+    "arms", [], "further arms, as focal_pixel; supervised: patch_classification, from the teacher's own weights"
+)
 _ARM_COUNTS = flags.DEFINE_list(
     "arm_tumour_patches", ["100"], "numbers of tumour patches that come first, and of further arms"
 )
@@ -65,6 +79,9 @@ _MPP = flags.DEFINE_float("mpp", 0.972, "µm per pixel of the patches at --tile"
 _SHORTCUT = flags.DEFINE_enum("shortcut", "1x1", ["1x1", "3x3"], "around the bottleneck's strided block")
 _BATCH = flags.DEFINE_integer("batch", 16, "patches in a batch")
 _EPOCHS = flags.DEFINE_integer("epochs", 6, "passes over the training patches")
+_SUPERVISED_EPOCHS = flags.DEFINE_integer(
+    "supervised_epochs", None, "passes of the arm supervised over the training patches; none: --epochs", lower_bound=1
+)
 _RATE = flags.DEFINE_float("learning_rate", 1e-3, "Adam's learning rate")
 _SELECTION = flags.DEFINE_enum("selection", "auc", ["chosen", "fixed", "auc"], "what selects on the validation patches")
 _ALPHA = flags.DEFINE_bool("alpha_by_share", True, "α is the tumour patches' share, as in §4.4; else 0.1")
@@ -84,17 +101,31 @@ _THREADS = flags.DEFINE_integer("threads", 2, "threads that read patches")
 
 def fixed_patches(workdir: pathlib.Path) -> Patches:
     """The patches with their splits, drawn once and kept in the work directory."""
-    listing = workdir / "patches.csv"
+    listing, validation, test = workdir / "patches.csv", *map(_pair, (_VALIDATION, _TEST))
+    given = pathlib.Path(_PATCHES.value)
+    how = {
+        "patches": str(given.absolute() if given.exists() else given),  # it may be the name of a public set
+        "slide_pattern": _SLIDES.value,
+        "test_slides": _TEST_SLIDES.value,
+        "validation": validation,
+        "test": test,
+    }
+    keep_record(workdir / "splits.json", how, made=listing)
     if not listing.exists():
         patches = read_patches(_PATCHES.value)
         if _SLIDES.value:
             patches = name_slides(patches, _SLIDES.value)
-        validation, test = ([int(number) for number in given] for given in (_VALIDATION.value, _TEST.value))
         tumour = patches.is_one_of(positives())
         write_patches(
             listing, divide(patches, tumour, validation=validation, test=test, test_slides=_TEST_SLIDES.value)
         )
     return read_patches(listing)
+
+
+def _pair(flag: flags.FlagHolder) -> tuple[int, int]:
+    """The two numbers of a flag."""
+    first, second = (int(number) for number in flag.value)
+    return first, second
 
 
 def positives() -> tuple[str, ...]:
@@ -167,7 +198,9 @@ def write_baseline(
 def run_row(workdir: pathlib.Path, row: Row) -> None:
     """Trains and judges one model, unless that is done. Its checkpoints, which are large, go once it is finished."""
     folder = workdir / "runs" / row.name
-    if not (folder / "metrics.json").exists():
+    if row.arm == SUPERVISED:
+        run_supervised(workdir, row, folder)
+    elif not (folder / "metrics.json").exists():
         shared = {name: value for name, value in settings().items() if name not in ("teacher", "alpha_by_share")}
         command(
             "reverse_distillation",
@@ -186,25 +219,57 @@ def run_row(workdir: pathlib.Path, row: Row) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
+def run_supervised(workdir: pathlib.Path, row: Row, folder: pathlib.Path) -> None:
+    """The same for a classifier, which begins as the teacher's network and sees the patches that distillation sees by this seed."""
+    epochs = _SUPERVISED_EPOCHS.value or _EPOCHS.value
+    if (folder / "metrics.json").exists():
+        there = json.loads((folder / "settings.json").read_text())["epochs"]
+        if there != epochs:
+            raise UsageError(f"{folder} was trained for {there} epochs, not {epochs}: remove it to train it again")
+        return
+    start = workdir / "teacher"
+    teacher = keep_teacher(pathlib.Path(_TEACHER.value), start, arch=_ARCH.value, source=_SOURCE.value)
+    command(
+        "patch_classification",
+        patches=workdir / "patches.csv",
+        workdir=folder,
+        backbone=teacher.name,
+        pretrained=start,
+        positive=_POSITIVE.value,
+        tile=_TILE.value,
+        mpp=_MPP.value,
+        batch=_BATCH.value,
+        epochs=epochs,
+        selection="auc" if _SELECTION.value == "auc" else "accuracy",
+        normal_patches=_NORMAL.value or None,
+        tumour_patches=row.tumour,
+        seed=row.seed,
+        threads=_THREADS.value,
+    )
+
+
 def tabulate(workdir: pathlib.Path, rows: list[Row]) -> None:
-    """The tables and the curve over all runs that are finished."""
+    """The tables and the curve over all runs that are finished, of arms that this start does not ask for, too."""
     found: list[Result] = []
-    for row in rows:
+    counts = [int(number) for number in _COUNTS.value]
+    for row in dict.fromkeys([*rows, *finished_rows(workdir / "runs", counts)]):
         folder = workdir / "runs" / row.name
         if (folder / "metrics.json").exists():
             found.append(read_result(row, folder, positives()))
-    write_tables(workdir, found, [int(n) for n in _COUNTS.value], {"settings": settings()})
+    write_tables(workdir, found, counts, {"settings": settings()})
 
 
 def few_shot(workdir: pathlib.Path) -> None:
     """Baselines, then one run after the other; the tables after each."""
     counts, arm_counts = ([int(number) for number in given] for given in (_COUNTS.value, _ARM_COUNTS.value))
     arms = [name.replace("_", ", ") for name in _ARMS.value]
-    unknown = set(arms) - set(ARMS) | {MAIN} & set(arms)
+    unknown = sorted(set(arms) - set(FURTHER))
     if unknown:
-        raise UsageError(
-            f"--arms: {', '.join(sorted(unknown))}: give some of {', '.join(a.replace(', ', '_') for a in ARMS if a != MAIN)}"
-        )
+        known = ", ".join(arm.replace(", ", "_") for arm in FURTHER)
+        raise UsageError(f"--arms: {', '.join(unknown)}: give some of {known}")
+    absent = [number for number in _ARM_COUNTS.value if int(number) not in counts]
+    if arms and absent:
+        raise UsageError(f"--arm_tumour_patches: {absent[0]} is none of --tumour_patches={','.join(_COUNTS.value)}")
     rows = plan(counts, seeds=_SEEDS.value, arms=arms, arm_counts=arm_counts, arm_seeds=_ARM_SEEDS.value)
     baselines = [Row(LOGISTIC if n else DISTANCE, n, seed) for seed in range(_SEEDS.value) for n in counts]
     run_baselines(workdir, fixed_patches(workdir), baselines)
@@ -217,13 +282,13 @@ def few_shot(workdir: pathlib.Path) -> None:
 
 def mosaic(workdir: pathlib.Path) -> None:
     """Mosaic slides of the test patches, their maps, and the numbers of lesions and slides."""
-    having, lacking = (int(number) for number in _MOSAIC_SLIDES.value)
-    folder = workdir / "mosaic"
+    slides, folder = _pair(_MOSAIC_SLIDES), workdir / "mosaic"
+    keep_record(folder / "slides.json", {"mosaic_slides": slides}, made=folder / "slides" / "cohort.csv")
     cohort = write_cohort(
         folder / "slides",
         fixed_patches(workdir),
         positives(),
-        slides=(having, lacking),
+        slides=slides,
         side=_TILE.value,
         mpp=_MPP.value,
     )

@@ -7,7 +7,8 @@
 score, x, y in level-0 pixels, or one that predict_slides wrote with lesion candidates. The cohort table names each slide's annotation
 (ASAP XML, GeoJSON, NCRF JSON, or a mask image). Leaves slides.csv, froc.csv, metrics.json and report.html.
 
-A slide's score is its best detection, unless predict_slides gave it another (of reverse distillation: the mean of high map values).
+A slide's score is its best detection, unless predict_slides gave it another (of reverse distillation: the mean of high map values; of
+classifiers: the probability). Scores are any numbers, logits too: only their order counts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from data_pipelines.cohort import Cohort, SlideRecord, check_two_classes, read_c
 from data_pipelines.cohort_rows import listed
 from data_pipelines.detections import Detections, read_detections
 from data_pipelines.exports import read_map, write_json, write_table, write_text
-from data_pipelines.tumour_masks import tumour_mask
+from data_pipelines.tumour_masks import coarser, tumour_mask
 from experiments.run.program import UsageError, run
 from experiments.run.progress import progress
 from experiments.run.workdir import versions
@@ -34,6 +35,9 @@ from srcc_jax.report import Report, Table, render
 
 # µm per pixel of the masks that lesions are found on: level 5 of slides at 0.243 µm per pixel; MONAI's LesionFROC takes level 6.
 VARIANTS = {"camelyon16": 0.243 * 2**5, "monai": 0.243 * 2**6}
+# Half the side of the square that a candidate clears, in µm: 6 pixels of level 6 (He & Li's released code); MONAI's 24 of them.
+RADII = {"camelyon16": 93.3, "monai": 24 * 0.243 * 2**6}
+_NEAR = 1.1  # ours: how often coarser, or finer, than asked for a mask may be without a word
 STOPS = {"anomaly score": 1.0}  # ours: of 3; nearly all tissue is above the 0.5 that suits probabilities
 
 _COHORT = flags.DEFINE_string("cohort", None, "cohort table with label and annotation", required=True)
@@ -51,7 +55,9 @@ _EXCLUDE = flags.DEFINE_list(
     "exclude", list(EXCLUDED), "slides to leave out; as set: Camelyon16's two known exceptions"
 )
 _RADIUS = flags.DEFINE_float(
-    "nms_radius_um", 93.3, "of --maps: half the side of the square that a candidate clears, in µm"
+    "nms_radius_um",
+    None,
+    "of --maps: half the side of the square that a candidate clears, in µm; none: 93.3, or MONAI's 373.2",
 )
 _STOP = flags.DEFINE_float(
     "nms_stop", None, "of --maps: values up to this are no candidates; none: 0.5, or 1 where they are anomaly scores"
@@ -68,12 +74,8 @@ class Scored:
     detections: Detections
     hits: SlideHits
     itc: int
+    mask_mpp: float | None
     given: float | None  # the slide's score by predict_slides
-
-    @property
-    def score(self) -> float:
-        """Of the slide: the one that it was given, or its best detection; 0 where there is none."""
-        return float(self.detections.score.max(initial=0.0)) if self.given is None else self.given
 
 
 def source() -> tuple[pathlib.Path, tuple[str, ...]]:
@@ -95,7 +97,8 @@ def file_of(record: SlideRecord) -> pathlib.Path | None:
 def given_score(file: pathlib.Path) -> float | None:
     """The slide's score as predict_slides wrote it beside this file; None where it gave none, or another program wrote the file."""
     about = file.with_name("slide.json")
-    return json.loads(about.read_text(encoding="utf-8")).get("score") if about.exists() else None
+    found = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+    return found.get("score", found.get("probability"))
 
 
 def find_detections(path: pathlib.Path) -> Detections:
@@ -103,21 +106,28 @@ def find_detections(path: pathlib.Path) -> Detections:
     if path.suffix == ".csv":
         return read_detections(path)
     found = read_map(path)
-    radius = max(1, round(_RADIUS.value / found.mpp))
+    wide = RADII[_VARIANT.value] if _RADIUS.value is None else _RADIUS.value
+    radius = max(1, round(wide / found.mpp))
     stop = STOPS.get(found.unit, 0.5) if _STOP.value is None else _STOP.value
     score, x, y = candidates(found.values, downsample=found.downsample, radius=radius, stop=stop)
     return Detections(score, x + found.origin[0], y + found.origin[1])
 
 
+def wanted_mpp() -> float:
+    """µm per pixel of the masks that are asked for."""
+    return _MASK_MPP.value or VARIANTS[_VARIANT.value]
+
+
 def score_record(record: SlideRecord) -> Scored:
     """One slide against its annotation. UsageError where a slide with tumour has none."""
-    mpp = _MASK_MPP.value or VARIANTS[_VARIANT.value]
-    tumour = tumour_mask(record, mpp=mpp, groups=_GROUPS.value, mpp_override=_MPP_OVERRIDE.value)
+    tumour = tumour_mask(record, mpp=wanted_mpp(), groups=_GROUPS.value, mpp_override=_MPP_OVERRIDE.value)
     if tumour is None and record.label == _POSITIVE.value:
         raise UsageError(
             f"{_COHORT.value}: {record.slide_id} is {record.label} but has no annotation: fill the column `annotation`"
         )
     lesions = None
+    if tumour is not None:
+        tumour = coarser(tumour, wanted_mpp())
     if tumour is not None and tumour.mask.any():
         lesions = find_lesions(tumour.mask, mpp=tumour.mpp, downsample=tumour.downsample)
     file = file_of(record)
@@ -125,7 +135,7 @@ def score_record(record: SlideRecord) -> Scored:
     found = find_detections(file)
     hits = score_slide(lesions, found.score, found.x, found.y)
     itc = 0 if lesions is None else int(lesions.itc.sum())
-    return Scored(record, found, hits, itc, given_score(file))
+    return Scored(record, found, hits, itc, None if tumour is None else tumour.mpp, given_score(file))
 
 
 def chosen(cohort: Cohort) -> Cohort:
@@ -144,10 +154,26 @@ def chosen(cohort: Cohort) -> Cohort:
     return dataclasses.replace(cohort, records=records)
 
 
-def slide_auc(cohort: Cohort, scored: list[Scored]) -> Interval:
-    """ROC AUC of the slides' scores."""
-    label, score = cohort.labels(_POSITIVE.value), np.asarray([slide.score for slide in scored])
-    return bootstrap(roc_auc, label, score, seed=_SEED.value)
+def slide_scores(scored: list[Scored]) -> np.ndarray:
+    """float [S]: what each slide was given, or its best detection; where there is none 0, or less than any detection has."""
+    lowest = min((slide.detections.score.min() for slide in scored if len(slide.detections)), default=1.0)
+    none = 0.0 if lowest > 0 else lowest - 1
+    best = [slide.detections.score.max() if len(slide.detections) else none for slide in scored]
+    return np.array([one if slide.given is None else slide.given for slide, one in zip(scored, best)])
+
+
+def scale_notes(scored: list[Scored]) -> list[str]:
+    """Which masks are at another scale than the one asked for, because their images have none nearer to it."""
+    wanted = wanted_mpp()
+    off = {
+        s.record.slide_id: s.mask_mpp for s in scored if s.mask_mpp and not 1 / _NEAR <= s.mask_mpp / wanted <= _NEAR
+    }
+    if not off:
+        return []
+    scales = listed([f"{mpp:.4g}" for mpp in sorted(set(off.values()))])
+    return [
+        f"Masks at {scales} µm per pixel, not at {wanted:.4g}, with lesions a little different: {listed(list(off))}."
+    ]
 
 
 def write_results(
@@ -157,9 +183,9 @@ def write_results(
     columns: dict[str, list] = {
         "slide_id": [s.record.slide_id for s in scored],
         "label": [s.record.label for s in scored],
-        "score": [s.score for s in scored],
+        "score": list(slide_scores(scored)),
         "lesions": [s.hits.lesions for s in scored],
-        "lesions_found": [int((s.hits.true > 0).sum()) for s in scored],
+        "lesions_found": [int(np.isfinite(s.hits.true).sum()) for s in scored],
         "itc": [s.itc for s in scored],
         "detections": [len(s.detections) for s in scored],
         "false_positives": [len(s.hits.false) for s in scored],
@@ -169,7 +195,8 @@ def write_results(
     at = dict(zip(map(str, FP_RATES), curve.sensitivity_at.tolist()))
     about = {
         "variant": _VARIANT.value,
-        "mask_mpp": _MASK_MPP.value or VARIANTS[_VARIANT.value],
+        "mask_mpp": sorted({float(f"{s.mask_mpp:.5g}") for s in scored if s.mask_mpp}),
+        "mask_mpp_wanted": wanted_mpp(),
         "slides": len(scored),
         "lesions": sum(s.hits.lesions for s in scored),
         "exclude": _EXCLUDE.value,
@@ -185,6 +212,7 @@ def write_results(
         notes=[
             "Intervals: percentile bootstrap over slides, 1000 resamples.",
             "FROC: mean of the sensitivities of the table.",
+            *scale_notes(scored),
         ],
         roc={"slides": roc_curve(cohort.labels(_POSITIVE.value), np.asarray(columns["score"]))},
         comparison=Table(columns=["sensitivity at", "of lesions"], rows=rows),
@@ -211,9 +239,15 @@ def main() -> None:
             f"{_COHORT.value}: none of {len(scored)} slides has a lesion that counts ({itc} are isolated tumour cells, less than "
             "275 µm long): there is no FROC without one"
         )
-    merit = {"lesion FROC": bootstrap_froc(hits, seed=_SEED.value), "slide ROC AUC": slide_auc(cohort, scored)}
+    label = cohort.labels(_POSITIVE.value)
+    merit = {
+        "lesion FROC": bootstrap_froc(hits, seed=_SEED.value),
+        "slide ROC AUC": bootstrap(roc_auc, label, slide_scores(scored), seed=_SEED.value),
+    }
     out = pathlib.Path(_OUT.value)
     write_results(out, cohort, scored, froc(hits), merit)
+    for note in scale_notes(scored):
+        print(note)
     for name, interval in merit.items():
         print(f"{name} {interval.value:.4f} [{interval.low:.4f}, {interval.high:.4f}]")
     print(out / "report.html")

@@ -24,10 +24,11 @@ from data_pipelines.exports import write_json, write_table, write_text
 from data_pipelines.patch_grids import read_grids
 from data_pipelines.patches import Patches, read_patches, split_patches
 from experiments.run import settings as settings_module
-from experiments.run.distillation.report import measure
+from experiments.run.distillation.report import PATCHES, lost, measure
+from experiments.run.distillation.spot_patches import failed_slides
 from experiments.run.grids.cutting import cut_grids
 from experiments.run.grids.model import GridModel
-from experiments.run.grids.training import METRIC, STAGE, GridStudy
+from experiments.run.grids.training import AUC, METRIC, STAGE, GridStudy
 from experiments.run.program import Stop, UsageError, run, start_devices
 from experiments.run.settings import config_from_flags, define_flags
 from experiments.run.starting import arithmetic, pretrained_hash, pretrained_network, random_network
@@ -77,7 +78,7 @@ def cut_cohort(config: Config, workdir: Workdir) -> tuple[Patches, np.ndarray]:
     cohort = assign_splits(read_cohort(str(_COHORT.value)), seed=config.split_seed)
     for note in cohort.notes:
         print(note)
-    folder = workdir.path / "patches"
+    folder = workdir.path / PATCHES
     return cut_grids(cohort, config, folder, mpp_override=_MPP_OVERRIDE.value, threads=_THREADS.value)
 
 
@@ -134,7 +135,7 @@ def write_results(
     history = study.workdir.history(STAGE)
     curves = {
         name: (np.array([line["step"] for line in found]), np.array([line[name] for line in found]))
-        for name in ("loss", METRIC, "validation_auc")
+        for name in ("loss", METRIC, AUC)
         if (found := [line for line in history if name in line])
     }
     report = Report(
@@ -142,8 +143,8 @@ def write_results(
         subtitle=f"{study.architecture.name}, {study.config.side} × {study.config.side} patches"
         + (", CRF" if study.config.with_crf else ""),
         summary=merit,
-        notes=[f"Selected by the validation accuracy at 0.5: step {trained.step}, {trained.metrics[METRIC]:.4f}."],
-        warnings=sorted(study.feed.unreadable.values()),
+        notes=[_selected_by(study.config, trained)],
+        warnings=lost(folder, study.feed),
         roc={study.architecture.name: roc_curve(label, score)},
         training=curves,
         configuration=decisive,
@@ -151,9 +152,15 @@ def write_results(
     )
     write_text(folder / "report.html", render(report))
     about = {"thresholds": thresholds, "validation": dict(trained.metrics), "step": trained.step}
-    write_json(folder / "metrics.json", {**merit, **about, "settings": decisive, "versions": versions()})
+    lacking = {"failed_slides": failed_slides(folder / PATCHES)}
+    write_json(folder / "metrics.json", {**merit, **about, **lacking, "settings": decisive, "versions": versions()})
     auc = merit["ROC AUC"]["patch"]
     print(f"finished: step {trained.step}, test AUC {auc.value:.4f} [{auc.low:.4f}, {auc.high:.4f}]: {folder}")
+
+
+def _selected_by(config: Config, trained: BestCheckpoint) -> str:
+    name, metric = ("ROC AUC", AUC) if config.selection == "auc" else ("accuracy at 0.5", METRIC)
+    return f"Selected by the {name} of the validation patches: step {trained.step}, {trained.metrics[metric]:.4f}."
 
 
 def main() -> None:

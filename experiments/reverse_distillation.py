@@ -26,7 +26,7 @@ from data_pipelines.patches import Patches, read_patches, split_patches
 from data_pipelines.spots import Spots, read_spots
 from experiments.run import settings as settings_module
 from experiments.run.distillation.model import DistillationModel
-from experiments.run.distillation.report import RANDOM_TEACHER, judge, thresholds, write_results
+from experiments.run.distillation.report import PATCHES, RANDOM_TEACHER, judge, thresholds, write_results
 from experiments.run.distillation.spot_patches import NORMAL, TUMOUR, SpotCutter
 from experiments.run.distillation.teachers import load_teacher, random_teacher
 from experiments.run.distillation.training import DistillationStudy
@@ -123,7 +123,7 @@ def cut_cohort(table: str, config: Config, workdir: Workdir) -> Patches:
         print(note)
     files = {NORMAL: _NORMAL_LIST.value, TUMOUR: _TUMOUR_LIST.value}
     lists: dict[str, Spots] = {kind: read_spots(file) for kind, file in files.items() if file}
-    cutter = SpotCutter(config, workdir.path / "patches", lists, _MPP_OVERRIDE.value)
+    cutter = SpotCutter(config, workdir.path / PATCHES, lists, _MPP_OVERRIDE.value)
     patches = cutter.cut(cohort, threads=_THREADS.value)
     label = np.where(patches.label == TUMOUR, config.positives[0], NORMAL)
     return dataclasses.replace(patches, label=label)

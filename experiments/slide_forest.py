@@ -72,8 +72,17 @@ def scores(cohort: Cohort, features: np.ndarray, label: np.ndarray) -> np.ndarra
     patient = [record.patient_id for record in cohort]
     if min(np.bincount(label)) < _FOLDS.value:
         raise UsageError(f"--folds={_FOLDS.value}: a class has only {min(np.bincount(label))} slides")
+    if len(set(patient)) < _FOLDS.value:
+        raise UsageError(
+            f"--folds={_FOLDS.value}: the slides are of {len(set(patient))} patients: give fewer folds, or splits"
+        )
     folds = StratifiedGroupKFold(_FOLDS.value, shuffle=True, random_state=_SEED.value)
     for learnt, held_out in folds.split(features, label, patient):
+        if len(set(label[learnt])) < 2:
+            raise UsageError(
+                f"--folds={_FOLDS.value}: the slides to learn from in one of them are all of one class, because a patient's slides "
+                "stay together: give other folds, or splits"
+            )
         score[held_out] = forest().fit(features[learnt], label[learnt]).predict_proba(features[held_out])[:, 1]
     return score
 

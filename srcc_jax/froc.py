@@ -35,7 +35,7 @@ class Lesions:
 @dataclasses.dataclass(frozen=True)
 class SlideHits:
     """What the detections of a slide hit. false float [F]: scores of those outside lesions. true float [n]: the best score on each
-    lesion, 0 where it was missed or is ITC. lesions: how many count. label int [D]: the lesion under each detection."""
+    lesion, -inf where it was missed or is ITC. lesions: how many count. label int [D]: the lesion under each detection."""
 
     false: np.ndarray
     true: np.ndarray
@@ -82,22 +82,22 @@ def _sizes(label: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score_slide(lesions: Lesions | None, score: np.ndarray, x: np.ndarray, y: np.ndarray) -> SlideHits:
-    """Detections of one slide, score [D] above 0 at level-0 pixels x, y [D], against its lesions (None: a slide without tumour).
+    """Detections of one slide, score [D] (finite) at level-0 pixels x, y [D], against its lesions (None: a slide without tumour).
 
     The lesion under a detection is looked up in the pixel of the mask that contains it; a detection off the mask is false.
     """
     score = np.asarray(score, np.float64)
-    if not (np.isfinite(score).all() and (score > 0).all()):
-        raise ValueError("scores of detections must be finite and above 0: 0 stands for a lesion that was missed")
+    if not np.isfinite(score).all():
+        raise ValueError("scores of detections must be finite: -inf stands for a lesion that was missed")
     if lesions is None:
         return SlideHits(score, np.zeros(0), 0, np.zeros(len(score), np.int32))
     column, row = (np.floor_divide(np.asarray(v, np.float64), lesions.downsample).astype(int) for v in (x, y))
     height, width = lesions.label.shape
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     label = np.where(inside, lesions.label[np.where(inside, row, 0), np.where(inside, column, 0)], 0)
-    best = np.zeros(len(lesions.itc) + 1)
+    best = np.full(len(lesions.itc) + 1, -np.inf)
     np.maximum.at(best, label, score)
-    return SlideHits(score[label == 0], np.where(lesions.itc, 0, best[1:]), int((~lesions.itc).sum()), label)
+    return SlideHits(score[label == 0], np.where(lesions.itc, -np.inf, best[1:]), int((~lesions.itc).sum()), label)
 
 
 def froc(slides: Sequence[SlideHits], *, rates: Sequence[float] = FP_RATES) -> Froc:
@@ -156,7 +156,7 @@ class _Scores:
         weight = times[self.slide]
         drawn = weight > 0
         score, weight, hit = self.score[drawn], weight[drawn], self.hit[drawn]
-        last = np.append(np.diff(score) != 0, False)  # the lowest score gives no point
+        last = np.append(score[1:] != score[:-1], False)  # the lowest score gives no point
         fp = (np.cumsum(weight * ~hit)[last] / times.sum())[::-1]
         sensitivity = (np.cumsum(weight * hit)[last] / (times @ self.lesions))[::-1]
         fp, sensitivity = np.append(fp, 0.0), np.append(sensitivity, 0.0)

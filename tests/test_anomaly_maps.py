@@ -7,6 +7,7 @@ import pytest
 import scipy.ndimage
 
 from srcc_jax.kernels.anomaly_maps import anomaly_map, cosine_similarity, dihedral_mean, gaussian_filter
+from srcc_jax.kernels.resize import resize_bilinear
 
 smooth = jax.jit(gaussian_filter, static_argnames="sigma")
 
@@ -52,6 +53,15 @@ def test_anomaly_map_is_its_definition():
     np.testing.assert_allclose(anomaly_map(teacher, teacher, (16, 11)), 0, atol=1e-6)
     with pytest.raises(ValueError):
         anomaly_map(teacher, student[:2], (16, 11))
+
+
+@pytest.mark.parametrize("align_corners, row", [(True, [0, 1 / 3, 2 / 3, 1]), (False, [0, 0.25, 0.75, 1])])
+def test_a_level_is_brought_to_size_as_worked(align_corners, row):
+    """Vector g4 of the method's card: [[0, 1], [2, 3]] to 4 × 4."""
+    small = np.float32([[0, 1], [2, 3]])[None, ..., None]
+    large = np.asarray(resize_bilinear(small, (4, 4), align_corners=align_corners))[0, ..., 0]
+    np.testing.assert_allclose(large[0], row, atol=1e-6)
+    assert large.mean() == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize("shape, sigma", [((2, 40, 57), 4.0), ((1, 9, 50), 4.0), ((2, 30, 20), 1.3)])

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from srcc_jax.kernels.anomaly_maps import anomaly_map, gaussian_filter
 from srcc_jax.models import distillation, layers, resnet
 from srcc_jax.models.names import TORCH_LEAVES, ModuleNaming
+from srcc_jax.models.teachers import cut
 from tests import golden
 from tests.golden_networks import FAST_COMPILE, check_stages
 
@@ -129,6 +130,11 @@ def test_parameter_counts(shortcut, embedding):
     assert count(shapes["bottleneck"].pop("fusion")) == 10_621_952
     assert count(shapes["bottleneck"]) == embedding
     assert count(shapes["student"]) == 24_917_504
+
+
+def test_the_teacher_has_as_many_parameters_as_the_card_counts():
+    net = cut(resnet.architecture("wide_resnet50_2", source="torchvision", classes=1000))
+    assert count(layers.variable_shapes(resnet.build(net))["params"]) == 24_862_528
 
 
 @pytest.mark.parametrize("teacher", ["resnet18", "wide_resnet50_2"])

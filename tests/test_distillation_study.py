@@ -12,11 +12,22 @@ from PIL import Image
 from data_pipelines.cohort import read_cohort
 from data_pipelines.patches import Patches, PatchesError, read_patches
 from experiments.run import model
+from experiments.run.distillation import mosaic_slides
 from experiments.run.distillation.baselines import baseline_scores
-from experiments.run.distillation.few_shot import DISTANCE, LOGISTIC, MAIN, Row, divide, name_slides, plan
+from experiments.run.distillation.few_shot import (
+    DISTANCE,
+    LOGISTIC,
+    MAIN,
+    SUPERVISED,
+    Row,
+    divide,
+    name_slides,
+    plan,
+)
 from experiments.run.distillation.few_shot_table import Result, mean_auc
-from experiments.run.distillation.mosaic_slides import write_cohort
+from experiments.run.distillation.mosaic_slides import predict_and_score, write_cohort
 from experiments.run.model import Network
+from experiments.run.workdir import WorkdirError
 from srcc_jax.metrics import Interval, roc_auc
 from srcc_jax.models import resnet, zoo
 from tests import programs
@@ -73,6 +84,8 @@ def test_the_larger_questions_are_answered_first():
     ]  # fmt: skip
     assert rows[0].settings == {"loss": "focal", "similarity": "flat"} and rows[0].name == "focal_flat_100_0"
     assert rows[1].settings["loss"] == "plain"
+    rows = plan([0, 5], seeds=1, arms=[SUPERVISED], arm_counts=[0, 5], arm_seeds=2)
+    assert [row.name for row in rows] == ["focal_flat_0_0", "focal_flat_5_0", "supervised_5_0", "supervised_5_1"]
 
 
 def features(random, count, shift):
@@ -155,7 +168,7 @@ def start(folder, **changes):
 def finished(study):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # of the processes that it starts
-        outcome = start(study)
+        outcome = start(study, arms="supervised")
     assert outcome.status == 0, outcome.err
     return study / "out"
 
@@ -167,7 +180,7 @@ def lines_of(path):
 
 def test_a_study_leaves_its_tables_and_curve(finished):
     found = {(line["arm"], line["tumour_patches"]) for line in lines_of(finished / "results.csv")}
-    assert found == {(MAIN, "0"), (MAIN, "3"), (LOGISTIC, "3"), (DISTANCE, "0")}
+    assert found == {(MAIN, "0"), (MAIN, "3"), (LOGISTIC, "3"), (DISTANCE, "0"), (SUPERVISED, "3")}
     text = (finished / "table.md").read_text()
     assert "He & Li, Table 3 (Camelyon16) | 0.646 |" in text and f"{MAIN} less baseline" in text
     summary = json.loads((finished / "summary.json").read_text())
@@ -196,14 +209,76 @@ def test_mosaic_slides_show_test_patches_alone(finished, tmp_path):
 
 def test_a_finished_study_trains_nothing_again(finished, study):
     before = {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("*") if path.is_file()}
-    outcome = start(study)
+    outcome = start(study)  # the arm is not asked for again, and stays in the table
+    assert "supervised less baseline" in (finished / "table.md").read_text()
     assert outcome.status == 0 and "$ python" not in outcome.out
     assert {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("*") if path.is_file()} == before
+
+
+def test_the_supervised_arm_begins_as_the_teacher_and_is_selected_by_area(finished):
+    """It sees what distillation sees: the same splits, as many patches; its difference from the baseline is in the table."""
+    folder = finished / "runs" / "supervised_3_0"
+    settings = json.loads((folder / "settings.json").read_text())
+    assert (settings["selection"], settings["epochs"], settings["tumour_patches"]) == ("auc", 1, 3)
+    assert (settings["architecture"]["stages"], settings["seed"], settings["normal_patches"]) == (3, 0, 10)
+    assert "Selected by the ROC AUC of the validation patches" in (folder / "report.html").read_text()
+    ours, theirs = (
+        sorted(line["path"] for line in lines_of(finished / "runs" / name / "patches.csv"))
+        for name in ("supervised_3_0", "logistic_regression_3_0")
+    )
+    assert ours == theirs and not (folder / "checkpoints").exists()
+    assert "supervised less baseline, same seeds" in (finished / "table.md").read_text()
+    assert set(json.loads((finished / "summary.json").read_text())["ROC AUC, supervised less baseline"]) == {"3"}
+    teacher, start_net = Network.load(finished.parent / "teacher"), Network.load(finished / "teacher")
+    stem = [network.variables["params"]["stem"] for network in (teacher, start_net)]
+    jax.tree.map(np.testing.assert_array_equal, *stem)
+    assert "classifier" not in start_net.variables["params"] and "stage4_block1" not in start_net.variables["params"]
 
 
 def test_other_settings_and_unknown_arms_are_refused(finished, study):
     assert "learning_rate: 0.003 there, 0.1 asked for" in programs.one_line(start(study, learning_rate=0.1))
     assert "--arms: sharp, flat: give some of" in programs.one_line(start(study, arms="sharp_flat"))
-    assert "holds no finished model" in programs.one_line(
-        start(study, section="mosaic", mosaic_model="none", mosaic_slides="1,1")
-    )
+    wanted = {"arms": "supervised", "supervised_epochs": 2}
+    assert "was trained for 1 epochs, not 2" in programs.one_line(start(study, **wanted))
+    wanted = {"arms": "supervised", "arm_tumour_patches": "3,7"}
+    assert "7 is none of --tumour_patches=0,3" in programs.one_line(start(study, **wanted))
+    mosaic = {"section": "mosaic", "mosaic_model": "none"}
+    assert "holds no finished model" in programs.one_line(start(study, **mosaic, mosaic_slides="1,1"))
+    refused = programs.one_line(start(study, **mosaic, mosaic_slides="2,1"))
+    assert "mosaic_slides: [1, 1] there, [2, 1] asked for" in refused
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"patches": "elsewhere"}, "patches: "),
+        ({"validation": "2,3"}, "validation: [3, 3] there, [2, 3] asked for"),
+        ({"test": "4,4"}, "test: [4, 5] there, [4, 4] asked for"),
+        ({"slide_pattern": r"(\d)"}, "slide_pattern: None there"),
+        ({"test_slides": "3"}, "test_slides: [] there, ['3'] asked for"),
+    ],
+)
+def test_other_splits_are_refused(finished, study, changes, words):
+    assert words in programs.one_line(start(study, **changes))
+
+
+def test_a_study_without_a_record_of_its_splits_goes_on(finished, study):
+    record = (finished / "splits.json").read_bytes()
+    (finished / "splits.json").unlink()
+    assert start(study, arms="supervised", validation="2,3").status == 0 and not (finished / "splits.json").exists()
+    (finished / "splits.json").write_bytes(record)
+
+
+def test_maps_of_another_stride_are_refused(tmp_path, monkeypatch):
+    def write(program, *, out, **_):
+        if program == "predict_slides":
+            out.mkdir()
+            (out / "summary.json").write_text("{}")
+
+    monkeypatch.setattr(mosaic_slides, "command", write)
+    (tmp_path / "model.json").touch()
+    (tmp_path / "metrics.json").write_text('{"thresholds": {"validation": 0.4}}')
+    for stride in (48, 48):
+        predict_and_score(tmp_path, tmp_path / "cohort.csv", tmp_path / "out", positive="tumour", stride=stride)
+    with pytest.raises(WorkdirError, match="stride: 48 there, 24 asked for"):
+        predict_and_score(tmp_path, tmp_path / "cohort.csv", tmp_path / "out", positive="tumour", stride=24)

@@ -8,7 +8,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from data_pipelines.annotations import write_asap_xml
+from data_pipelines.annotations import AnnotationError, write_asap_xml
 from data_pipelines.cohort import SlideRecord
 from data_pipelines.detections import DetectionsError, read_detections
 from data_pipelines.exports import write_map
@@ -83,6 +83,76 @@ def test_maps_of_ours_are_detections(evaluating, cohort):
     assert outcome.status == 0, outcome.err
     with open(cohort / "table" / "slides.csv", newline="") as file:
         assert [row["lesions_found"] for row in csv.DictReader(file)] == ["1", "1", "0"]
+
+
+def test_slides_of_classifiers_are_ranked_by_their_probability(evaluating, cohort):
+    """The map of c has the highest cell of all, its slide the lowest probability."""
+    for name, hot, probability in (("a", 0.8, 0.9), ("b", 0.7, 0.6), ("c", 0.95, 0.1)):
+        values = np.full((64, 64), 0.1, np.float32)
+        values[10, 10] = hot
+        slide_map = HeatMap(values, np.isnan(values), 64.0, (0.0, 0.0), 16.0)
+        folder = cohort / "classified" / "slides" / name
+        write_map(folder / "probability.npz", slide_map, unit="probability")
+        (folder / "slide.json").write_text(json.dumps({"probability": probability}))
+    assert evaluate(evaluating, cohort, maps=cohort / "classified").status == 0
+    assert json.loads((cohort / "table" / "metrics.json").read_text())["slide ROC AUC"]["value"] == 1
+    with open(cohort / "table" / "slides.csv", newline="") as file:
+        assert [float(row["score"]) for row in csv.DictReader(file)] == [0.9, 0.6, 0.1]
+
+
+def test_logits_are_scores(evaluating, cohort, tmp_path):
+    """As probabilities they give the same numbers; a slide without a detection is the last."""
+    (tmp_path / "a.csv").write_text("2.2,1000,1000\n1.4,3100,600\n-0.4,2500,300\n")
+    (tmp_path / "b.csv").write_text("-0.1,600,600\n")
+    (tmp_path / "c.csv").write_text("")
+    outcome = evaluate(evaluating, cohort, detections=tmp_path)
+    assert outcome.status == 0, outcome.err
+    metrics = json.loads((cohort / "table" / "metrics.json").read_text())
+    assert metrics["slide ROC AUC"]["value"] == 1 and metrics["lesion FROC"]["value"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("variant, mpp, found", [("camelyon16", 7.776, 2), ("monai", 15.552, 1)])
+def test_variants_have_their_own_scale_and_radius(evaluating, cohort, variant, mpp, found):
+    """Two peaks 20 cells of 16 µm apart: MONAI clears 23 of them around the higher one, He & Li's code 6."""
+    for name in "abc":
+        values = np.zeros((64, 64), np.float32)
+        values[20, 20], values[20, 40] = 0.9, 0.8
+        slide_map = HeatMap(values, np.isnan(values), 64.0, (0.0, 0.0), 16.0)
+        write_map(cohort / "peaks" / "slides" / name / "probability.npz", slide_map, unit="probability")
+    assert evaluate(evaluating, cohort, maps=cohort / "peaks", variant=variant).status == 0
+    metrics = json.loads((cohort / "table" / "metrics.json").read_text())
+    assert (metrics["variant"], metrics["mask_mpp"]) == (variant, [pytest.approx(mpp)])
+    with open(cohort / "table" / "slides.csv", newline="") as file:
+        assert {row["detections"] for row in csv.DictReader(file)} == {str(found)}
+
+
+@pytest.mark.parametrize("pixels, used, said", [(1024, 8.0, False), (64, 16.0, True)])
+def test_the_scale_of_masks_is_the_one_used(evaluating, cohort, pixels, used, said):
+    """A finer mask is thinned out to the official scale; a coarser one is said to be."""
+    shapes = tumour_mask(SlideRecord("a", cohort / "a.tiff", "tumour", "a", annotation=cohort / "a.xml"), mpp=1.0)
+    mask = shapes.mask[:: 1024 // pixels, :: 1024 // pixels]
+    Image.fromarray(mask.astype(np.uint8)).save(cohort / "mask.png")
+    lines = (cohort / "cohort.csv").read_text().replace("a.xml", "mask.png").replace("b.xml", "mask.png")
+    (cohort / "masks.csv").write_text(lines)
+    outcome = programs.start(evaluating, cohort=cohort / "masks.csv", detections=cohort / "found", out=cohort / "masks")
+    assert outcome.status == 0, outcome.err
+    metrics = json.loads((cohort / "masks" / "metrics.json").read_text())
+    assert metrics["mask_mpp"] == [used] and metrics["mask_mpp_wanted"] == pytest.approx(7.776)
+    assert metrics["lesions"] == 4  # the third square of both is ITC
+    assert ("Masks at 16 µm per pixel, not at 7.776" in outcome.out) == said
+
+
+def test_masks_of_other_slides_and_too_large_ones_are_refused(cohort, tmp_path, monkeypatch):
+    record = SlideRecord("a", cohort / "a.tiff", "tumour", "a", annotation=tmp_path / "m.png")
+    Image.fromarray(np.zeros((200, 512), np.uint8)).save(tmp_path / "m.png")
+    with pytest.raises(AnnotationError, match=r"m.png: has 512 × 200 pixels, the slide 4096 × 4096: it is the mask of"):
+        tumour_mask(record, mpp=8.0)
+    for height in (511, 512, 513):  # rounded down, or up
+        Image.fromarray(np.zeros((height, 512), np.uint8)).save(tmp_path / "m.png")
+        assert tumour_mask(record, mpp=8.0).mask.shape == (height, 512)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(AnnotationError, match=r"m\.png: no mask image can be read from it .*as TIFF"):
+        tumour_mask(record, mpp=8.0)
 
 
 def test_known_exceptions_are_left_out_and_said(evaluating, cohort):

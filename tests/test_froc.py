@@ -5,7 +5,18 @@ import json
 import numpy as np
 import pytest
 
-from srcc_jax.froc import Lesions, SlideHits, bootstrap_froc, candidates, find_lesions, froc, score_slide
+from srcc_jax.froc import (
+    ITC_UM,
+    JOIN_UM,
+    Lesions,
+    SlideHits,
+    bootstrap_froc,
+    candidates,
+    find_lesions,
+    froc,
+    score_slide,
+)
+from tests import programs
 
 MPP = 0.243 * 32  # of Camelyon16 masks at level 5
 
@@ -40,9 +51,19 @@ def test_lesions_and_hits_are_the_official_ones(golden):
                 np.testing.assert_allclose(lesions.major_axis, expected["major_axis"], rtol=1e-9)
                 np.testing.assert_array_equal(np.flatnonzero(lesions.itc) + 1, expected["itc_labels"])
             np.testing.assert_array_equal(hits.label, expected["hit_label"])
-            np.testing.assert_array_equal(hits.true, expected["tp_scores"])
+            missed = np.isneginf(hits.true)  # the official evaluation has 0 there
+            np.testing.assert_array_equal(np.where(missed, 0, hits.true), expected["tp_scores"])
             np.testing.assert_array_equal(np.sort(hits.false), np.sort(expected["fp_scores"]))
             assert hits.lesions == expected["n_lesions"]
+
+
+@pytest.mark.parametrize("variant, growth, itc", [("camelyon16", 4.8225, 35.365), ("monai", 2.411, 17.683)])
+def test_the_scales_give_the_official_pixels_and_those_of_monai(golden, variant, growth, itc):
+    with programs.imported("evaluate_camelyon") as module:
+        mpp = module.VARIANTS[variant]
+    assert (JOIN_UM / mpp, ITC_UM / mpp) == pytest.approx((growth, itc), abs=1e-3)
+    if variant == "camelyon16":
+        assert (JOIN_UM / mpp, ITC_UM / mpp) == pytest.approx((golden["growth_px"], golden["itc_px"]), rel=1e-12)
 
 
 def test_curves_are_the_official_ones(golden):
@@ -60,7 +81,7 @@ def test_worked_example():
     )
     score, x = np.asarray([0.9, 0.4, 0.5, 0.8, 0.3]), np.asarray([0, 33, 95.9, 96, 4000])
     tumour = score_slide(lesions, score, x, np.zeros(5))
-    np.testing.assert_array_equal(tumour.true, [0.9, 0, 0.5])
+    np.testing.assert_array_equal(tumour.true, [0.9, -np.inf, 0.5])
     np.testing.assert_array_equal(tumour.false, [0.8, 0.3])
     normal = score_slide(None, np.asarray([0.6, 0.2]), np.zeros(2), np.zeros(2))
     curve = froc([tumour, normal])
@@ -96,9 +117,21 @@ def test_resamples_without_a_lesion_are_counted():
     assert 0 < bootstrap_froc(slides, iterations=200, seed=0).dropped < 120
 
 
-def test_scores_of_zero_and_cohorts_without_lesions_are_refused():
-    with pytest.raises(ValueError, match="above 0"):
-        score_slide(None, np.zeros(1), np.zeros(1), np.zeros(1))
+def test_logits_give_the_curve_of_their_probabilities():
+    lesions = Lesions(np.asarray([[1, 2, 3, 0]], np.int32), np.ones(3), np.ones(3), np.zeros(3, bool), 32)
+    probability, x = np.asarray([0.9, 0.4, 0.1, 0.5, 0.3]), np.asarray([0, 33, 34, 96, 4000])
+    curves = [
+        froc([score_slide(lesions, score, x, np.zeros(5)), score_slide(None, score[:2], x[:2], np.zeros(2))])
+        for score in (probability, np.log(probability / (1 - probability)))
+    ]
+    assert curves[0].score == curves[1].score and curves[0].score < 1
+    np.testing.assert_array_equal(curves[0].fp_per_slide, curves[1].fp_per_slide)
+    np.testing.assert_array_equal(curves[0].sensitivity, curves[1].sensitivity)
+
+
+def test_infinite_scores_and_cohorts_without_lesions_are_refused():
+    with pytest.raises(ValueError, match="finite"):
+        score_slide(None, np.full(1, np.inf), np.zeros(1), np.zeros(1))
     with pytest.raises(ValueError, match="none of 1 slides"):
         froc([detections([0.5], [])])
 

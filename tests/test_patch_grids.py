@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,13 @@ import pytest
 from PIL import Image
 
 from data_pipelines.annotations import write_asap_xml
+from data_pipelines.cohort import Cohort, SlideRecord
 from data_pipelines.patch_grids import read_grids, write_grids
-from data_pipelines.patches import PatchesError
+from data_pipelines.patches import PatchesError, patch_table
 from data_pipelines.pyramids import write_pyramid
+from data_pipelines.spots import MASK_MPP, Regions
 from experiments.run import model
+from experiments.run.grids import cutting, training
 from experiments.run.grids.model import GridModel
 from experiments.run.model import Network
 from experiments.run.workdir import Workdir, WorkdirError
@@ -176,6 +180,20 @@ def test_single_patches_need_no_cells(folder):
     assert "finished before" in start(folder, "single", normal_patches=10, tumour_patches=8).out
 
 
+@pytest.mark.parametrize("selection, metric", [("accuracy", "validation_accuracy"), ("auc", "validation_auc")])
+def test_the_setting_says_what_selects(folder, monkeypatch, selection, metric):
+    class Asked(BaseException):
+        """What training was asked to keep."""
+
+    def ask(*_, keep, **__):
+        raise Asked(keep.metric, keep.mode)
+
+    monkeypatch.setattr(training, "fit_to_best", ask)
+    with pytest.raises(Asked) as asked:
+        start(folder, f"by_{selection}", selection=selection)
+    assert asked.value.args == (metric, "max")
+
+
 @pytest.fixture(scope="module")
 def cohort(folder):
     """One slide of noise with a striped square, which is annotated, in every split."""
@@ -213,6 +231,33 @@ def test_from_slides_to_grids_with_their_labels_and_to_a_map(cohort, folder):
     with np.load(folder / "out" / "slides" / "test" / "probability.npz") as file:
         known = np.isfinite(file["values"])
         assert known.sum() > 100 and ((file["values"][known] >= 0) & (file["values"][known] <= 1)).all()
+
+
+def test_cells_are_those_of_the_spot_before_its_name_was_rounded(monkeypatch):
+    """Spots are at multiples of a downsample that is no whole number; a neighbour a pixel of the mask away can be another."""
+    random = np.random.default_rng(0)
+    mask, downsample = random.random((80, 80)) < 0.5, MASK_MPP / 0.9
+    row, column = random.integers(10, 70, (2, 500))
+    files = tuple(Path(f"s_{x * downsample:.0f}_{y * downsample:.0f}.png") for x, y in zip(column, row))
+    patches = patch_table(files, np.where(mask[row, column], "tumour", "normal"), slide_id=["s"] * 500)
+    monkeypatch.setattr(cutting, "find_regions", lambda record, **_: Regions(mask, mask, downsample, True))
+    cohort = Cohort((SlideRecord("s", Path("s.tiff"), "tumour", "s"),))
+    cells = cutting._cells(patches, cohort, Config(side=3, tile=64, mpp=MASK_MPP / 32), None)
+    np.testing.assert_array_equal(cells[:, 4], mask[row, column])
+    np.testing.assert_array_equal(cells[:, 0], mask[row - 2, column - 2])
+
+
+def test_slides_left_out_are_told_again_and_reported(cohort, folder):
+    lines = (folder / "cohort.csv").read_text()
+    shutil.copy(folder / "train.tiff", folder / "bare.tiff")
+    (folder / "more.csv").write_text(f"{lines}bare,bare.tiff,tumour,train,\n")
+    spots = {"normal_spots": 8, "tumour_spots": 6, "validation_spots": 3, "test_spots": 3}
+    given = {"patches": None, "cohort": folder / "more.csv", "mpp": 1.0, "epochs": 1, **spots}
+    assert start(folder, "lacking", **given).status == 0
+    failed = json.loads((folder / "lacking" / "metrics.json").read_text())["failed_slides"]
+    assert list(failed) == ["bare"] and "bare: it is tumour" in (folder / "lacking" / "report.html").read_text()
+    (folder / "lacking" / "metrics.json").unlink()
+    assert "left out: bare: it is tumour but has no annotation" in start(folder, "lacking", **given).out
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,23 @@ def test_other_files_are_made_from_kept_scores(root):
     assert float(row["score"]) == pytest.approx(after["score"][after["score"] >= 0.5].mean())
 
 
+def test_slides_that_all_score_nothing_are_told_and_the_models_own_threshold_is_the_cure(root):
+    """A model that stays below 2 everywhere, as RD does; the same patches, whose scores are kept."""
+    programs.save_distillation(root / "low", tile=TILE, mpp=1.0, threshold=1.2)
+    card = json.loads((root / "low" / "model.json").read_text())
+    (root / "low" / "model.json").write_text(json.dumps({**card, "slide_threshold": 2.9}))
+    common = {"workdir": root / "low", "stride": 16, "formats": "npz,csv,detections"}
+    outcome = predict(root, "low_out", **common)
+    words = "All 4 slides score 0: no map reaches the slide threshold 2.9"
+    assert words in outcome.out and "--slide_threshold=validation takes 1.2" in outcome.out
+    assert words in json.loads((root / "low_out" / "summary.json").read_text())["warnings"][0]
+    assert words in (root / "low_out" / "report.html").read_text()
+    outcome = predict(root, "low_out", **common, slide_threshold="validation")
+    assert "slide threshold (2.9, now 1.2), NMS stop (1.0, now 0.6)" in outcome.out and "score 0" not in outcome.out
+    assert all(float(row["score"]) >= 1.2 for row in table(root / "low_out" / "slides.csv"))
+    assert json.loads((root / "low_out" / "summary.json").read_text())["warnings"] == []
+
+
 @pytest.mark.parametrize("source", ["maps", "detections"])
 def test_evaluate_camelyon_reads_what_was_written(outcome, root, source):
     given = {"cohort": root / "cohort.csv", "out": root / source, source: root / "out"}
@@ -273,6 +290,7 @@ def test_mistakes_are_one_line_each(root):
     assert mistake(gradcam="false").startswith("--gradcam is for models of slide classification, ")
     assert "holds one of slide classification: leave it out" in mistake(workdir=root / "classifier", dihedral="true")
     assert "--thresholds=4: give anomaly scores between 0 and 3, such as 1.2,2" in mistake(thresholds="4")
+    assert "--slide_threshold=test: give a map value from 0 on, or validation" in mistake(slide_threshold="test")
     assert "--stride=33 is larger than the model's tile of 32 px" in mistake(stride=33)
     assert "'bmp' is none of png, npz, csv, " in mistake(formats="bmp")
     assert "'detections' is none of" in mistake(workdir=root / "classifier", formats="detections")

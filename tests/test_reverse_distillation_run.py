@@ -1,6 +1,7 @@
 """The command that a user runs: trained on drawn patches, killed and continued, judged; patches cut from slides; its refusals."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from PIL import Image
 from data_pipelines.annotations import write_asap_xml
 from data_pipelines.cohort import Cohort, SlideRecord
 from data_pipelines.pyramids import write_pyramid
-from data_pipelines.spots import Spots
+from data_pipelines.spots import Spots, SpotsError
 from experiments.run import model
 from experiments.run.distillation.model import DistillationModel
 from experiments.run.distillation.report import RANDOM_TEACHER
@@ -250,6 +251,8 @@ def test_patches_are_cut_from_slides_by_the_rule(slides, tmp_path, capsys):
         x, y = map(int, path.stem.split("_")[1:])
         assert (400 <= x < 900 and 500 <= y < 1000) == (label == "tumour") or slide == "clean"
         assert Image.open(path).size == (64, 64) and min(x, y) >= 270 and max(x, y) < 1330
+    SpotCutter(config, tmp_path / "a", {}).cut(Cohort(slides), threads=1)  # read again: what failed is told again
+    assert "left out: unmarked: it is tumour but has no annotation" in capsys.readouterr().out
     again = SpotCutter(config, tmp_path / "b", {}).cut(Cohort(slides), threads=1)
     assert [path.name for path in again.path] == [path.name for path in patches.path]
     other = SpotCutter(Config(tile=64, mpp=1.0, seed=1), tmp_path / "c", {}).cut(Cohort(slides[:1]), threads=1)
@@ -265,6 +268,29 @@ def test_listed_places_come_before_the_rule(slides, tmp_path):
     assert patches.label.tolist() == ["tumour"] * 2
 
 
+def test_slides_are_not_drawn_from_where_no_label_means_tumour(slides, tmp_path):
+    spelt = Cohort(tuple(dataclasses.replace(record, label="tumor") for record in slides[1:2]))
+    with pytest.raises(UsageError, match="--positive=tumour is no label of the cohort, whose labels are tumor"):
+        SpotCutter(Config(tile=64, mpp=1.0), tmp_path, {}).cut(spelt, threads=1)
+    places = Spots(np.array(["unmarked"]), np.array([500.0]), np.array([600.0]))
+    listed = SpotCutter(Config(tile=64, mpp=1.0), tmp_path, {"tumour": places}).cut(spelt, threads=1)
+    assert len(listed) == 1  # the lists say what is tumour
+
+
+def test_lists_of_other_slides_and_places_off_the_slide_are_told(slides, tmp_path, capsys):
+    config, cohort = Config(tile=64, mpp=1.0, normal_spots=3, tumour_spots=2), Cohort(slides[:1])
+    names, x, y = np.array(["marked", "Tumor-001"]), np.array([500.0, 64]), np.array([600.0, 64])
+    with pytest.raises(UsageError, match="--tumour_list names Tumor-001, and the cohort has marked: name them alike"):
+        SpotCutter(config, tmp_path, {"tumour": Spots(names[1:], x[1:], y[1:])}).cut(cohort, threads=1)
+    SpotCutter(config, tmp_path, {"tumour": Spots(names, x, y)}).cut(cohort, threads=1)
+    told = capsys.readouterr().out
+    assert "--tumour_list: slides that the cohort does not have: Tumor-001" in told
+    assert "no normal patches of marked: their places are those of --tumour_list alone" in told
+    off = Spots(names[:1], np.array([1600.0]), y[:1])
+    with pytest.raises(SpotsError, match="normal place 1600,600 is not on marked, which has 1600 × 1600 pixels"):
+        SpotCutter(config, tmp_path / "off", {"normal": off}).cut(cohort, threads=1)
+
+
 def test_a_run_from_slides(whole, runs, slides):
     """Patches of one slide for each split, cut where the masks allow; the networks are those compiled before."""
     folder = runs / "cohort"
@@ -273,6 +299,8 @@ def test_a_run_from_slides(whole, runs, slides):
     for split in SPLITS:
         shutil.copy(slides[0].path, folder / f"{split}.tiff")
         lines.append(f"{split},{split}.tiff,tumour,{split},{slides[0].annotation}")
+    shutil.copy(slides[0].path, folder / "bare.tiff")
+    lines.append("bare,bare.tiff,tumour,train,")
     (folder / "cohort.csv").write_text("\n".join(lines) + "\n")
     spots = {
         "normal_spots": 6,
@@ -288,4 +316,6 @@ def test_a_run_from_slides(whole, runs, slides):
         "train": {"normal": 6, "tumour": 5}, "validation": {"normal": 4, "tumour": 4}, "test": {"normal": 6, "tumour": 3},
     }  # fmt: skip
     assert DistillationModel.load(runs / "cut").mpp == 1.0
+    assert list(metrics["failed_slides"]) == ["bare"] and "has no annotation" in metrics["failed_slides"]["bare"]
+    assert "bare: it is tumour but has no annotation" in (runs / "cut" / "report.html").read_text()
     assert len(list((runs / "cut" / "patches").rglob("*.png"))) == 28

@@ -107,3 +107,18 @@ def test_test_slides_are_scored_or_all_by_other_folds(cohort, table, scored):
 def test_what_is_missing_is_named(cohort):
     assert "has no anomaly map of s0, s1" in one_line(start(cohort, map="anomaly"))
     assert "--folds=20: a class has only 15 slides" in one_line(start(cohort, cohort=cohort / "plain.csv", folds=20))
+
+
+@pytest.mark.parametrize(
+    "patient, words",
+    [
+        (lambda n: n % 3, "--folds=5: the slides are of 3 patients: give fewer folds"),
+        (lambda n: n * (n % 2), "--folds=5: the slides to learn from in one of them are all of one class"),
+    ],
+)
+def test_folds_that_patients_do_not_allow_are_refused(cohort, patient, words):
+    """Of three patients; of one with all slides that hold tumour, and others."""
+    lines = (cohort / "plain.csv").read_text().splitlines()
+    lines = [f"{lines[0]},patient_id", *(f"{line},p{patient(n)}" for n, line in enumerate(lines[1:]))]
+    (cohort / "patients.csv").write_text("\n".join(lines) + "\n")
+    assert words in one_line(start(cohort, cohort=cohort / "patients.csv", folds=5))

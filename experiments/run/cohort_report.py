@@ -63,7 +63,7 @@ def write_report(subject: Subject, merit: Merit, outcome: CohortOutcome, measure
         subtitle=f"{subject.name}, {grid.mpp:g} µm per pixel, tiles of {grid.tile} px at stride {grid.stride}",
         summary=merit.summary,
         notes=merit.remarks,
-        warnings=[f"{row.slide_id}: {row.reason}" for row in results if row.reason],
+        warnings=[*merit.warnings, *(f"{row.slide_id}: {row.reason}" for row in results if row.reason)],
         roc=merit.curves,
         slides=slide_rows(outcome.records, results, outcome.out, maps=subject.maps, measures=measures),
         training=subject.training,
@@ -76,6 +76,7 @@ def write_report(subject: Subject, merit: Merit, outcome: CohortOutcome, measure
     numbers = {
         "slide_auc": auc,
         "metrics": merit.summary,
+        "warnings": merit.warnings,
         "slides": len(results),
         "failed": failed,
         **speed,

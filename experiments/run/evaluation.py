@@ -54,11 +54,13 @@ def notes(seed: int, metrics: Collection[str] = tuple(METRICS)) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Merit:
-    """How good scores are: metric -> "slide" or "patient" -> interval; model -> curve; remarks on both. Empty without labels."""
+    """How good scores are: metric -> "slide" or "patient" -> interval; model -> curve; remarks on both. Empty without labels.
+    warnings: what is wrong with the scores themselves."""
 
     summary: dict[str, dict[str, Interval]]
     curves: dict[str, RocCurve]
     remarks: list[str]
+    warnings: Sequence[str] = ()
 
 
 def measure(

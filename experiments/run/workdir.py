@@ -120,6 +120,15 @@ class Workdir:
         return [rows[step] for step in sorted(rows)]
 
 
+def keep_record(file: pathlib.Path, wanted: Mapping[str, Any], *, made: pathlib.Path) -> None:
+    """Writes beside what is made once how it is made. Once it is there, raises WorkdirError where that was otherwise; what has no
+    record, of an older version, is taken as it is."""
+    if not made.exists():
+        write_json(file, dict(wanted))
+    elif file.exists():
+        _same_settings(file.parent, json.loads(file.read_text()), json.loads(json.dumps(dict(wanted))))
+
+
 def _lock(folder: pathlib.Path) -> None:
     """Keeps other runs on this machine out until this process ends, however it ends. Each process of a distributed run has a lock of its
     own. Without effect on a file system that has no locks."""

@@ -48,6 +48,12 @@ class Config:
     contrast: float = setting(0.75, "of the distance to the mean colour, at most", least=0, below=1)
     saturation: float = setting(0.25, "of the distance to grey, at most", least=0, below=1)
     hue: float = setting(0.04, "part of the colour circle, at most", least=0, below=1)
+    selection: str = setting(
+        "accuracy",
+        "what selects on the validation patches; accuracy: at probability 0.5, as in the released code; auc: ROC AUC (ours: where "
+        "they are few, many steps share an accuracy)",
+        choices=("accuracy", "auc"),
+    )
     normal_patches: int | None = setting(None, "normal grids to train on; none: all there are", least=1)
     tumour_patches: int | None = setting(None, "tumour grids to train on; none: all there are", least=1)
     normal_spots: int = setting(500, "normal grids cut from each training slide (ours)", least=1)

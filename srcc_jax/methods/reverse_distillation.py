@@ -88,7 +88,12 @@ class Config:
     )
     normal_spots: int = setting(500, "normal patches cut from each training slide (§4.1: 5000 from 10)", least=1)
     tumour_spots: int = setting(50, "tumour patches cut from each training slide (§4.1: 500 from 10)", least=1)
-    validation_spots: int = setting(2000, "patches of each kind cut from each validation slide (§4.1)", least=1)
+    validation_spots: int = setting(
+        2000,
+        "patches of each kind cut from each validation slide, normal ones from a slide with tumour, too (ours: of §4.1's normal and "
+        "tumour slide 4000 + 2000, where it has 2000 + 2000)",
+        least=1,
+    )
     test_normal_spots: int = setting(77, "normal patches cut from each test slide (the released list)", least=1)
     test_tumour_spots: int = setting(
         400, "tumour patches cut from each test slide at most (the released list)", least=1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 
@@ -17,6 +18,8 @@ ARMS: Mapping[str, Mapping[str, str]] = {
     for loss in ("focal", "plain")
     for similarity in ("flat", "pixel")
 }
+SUPERVISED = "supervised"  # the teacher's network, all of whose weights are trained by the labels
+FURTHER = (*(arm for arm in ARMS if arm != MAIN), SUPERVISED)
 LOGISTIC, DISTANCE = "logistic regression", "distance to normal"
 # §4, Tables 2 and 3: patches -> accuracy on 10000 normal and 10000 tumour patches of Camelyon16
 PAPER = {0: 0.646, 5: 0.759, 10: 0.784, 50: 0.812, 100: 0.843, 500: 0.881, 1000: 0.879}
@@ -37,7 +40,7 @@ class Row:
 
     @property
     def settings(self) -> dict[str, str]:
-        """Flags that the arm sets."""
+        """Flags of reverse_distillation that the arm sets."""
         changes = dict(ARMS[self.arm])
         return changes | {"loss": "plain"} if self.tumour == 0 else changes
 
@@ -46,13 +49,22 @@ def plan(
     counts: Sequence[int], *, seeds: int, arms: Sequence[str], arm_counts: Sequence[int], arm_seeds: int
 ) -> list[Row]:
     """The runs, so ordered that a study which is cut off has answered the larger questions: the main arm by its first seed, the
-    numbers of `arm_counts` before the others; the other arms by their first seed; the further seeds of the main arm; the rest."""
+    numbers of `arm_counts` before the others; the other arms by their first seed; the further seeds of the main arm; the rest.
+    Without tumour patches nothing is supervised."""
     first = [n for n in arm_counts if n in counts]
     ordered = [*first, *(n for n in counts if n not in first)]
     rows = [Row(MAIN, n, 0) for n in ordered]
     rows += [Row(arm, n, 0) for n in first for arm in arms]
     rows += [Row(MAIN, n, seed) for seed in range(1, seeds) for n in ordered]
-    return rows + [Row(arm, n, seed) for seed in range(1, arm_seeds) for n in first for arm in arms]
+    rows += [Row(arm, n, seed) for seed in range(1, arm_seeds) for n in first for arm in arms]
+    return [row for row in rows if row.tumour or row.arm != SUPERVISED]
+
+
+def finished_rows(runs: pathlib.Path, counts: Sequence[int]) -> list[Row]:
+    """Runs of further arms that are finished in this folder, whoever asked for them."""
+    kinds = [(arm, n, Row(arm, n, 0).name[:-1]) for arm in FURTHER for n in counts]
+    found = [(arm, n, path.parent.name, stem) for arm, n, stem in kinds for path in runs.glob(f"{stem}*/metrics.json")]
+    return sorted(Row(arm, n, int(name.removeprefix(stem))) for arm, n, name, stem in found)
 
 
 def name_slides(patches: Patches, pattern: str) -> Patches:

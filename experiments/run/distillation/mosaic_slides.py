@@ -10,6 +10,7 @@ from data_pipelines.mosaics import MosaicPlan
 from data_pipelines.patches import Patches
 from data_pipelines.synthetic import mosaic_cohort
 from experiments.run.program import UsageError, command
+from experiments.run.workdir import keep_record
 
 # Tumour in one place of some 4 × 4 patches, so that lesions are larger than isolated tumour cells (275 µm at 0.97 µm per pixel).
 PLAN = MosaicPlan(tissue_patches=(70, 100), positive_fraction=(0.1, 0.25), clustered=1.0)
@@ -52,7 +53,9 @@ def predict_and_score(
         raise UsageError(f"{model} holds no finished model: run --section=few_shot first")
     threshold = json.loads((model / "metrics.json").read_text())["thresholds"]["validation"]
     limits = {"slide_threshold": threshold, "nms_stop": threshold / 2}
-    if not (out / "maps" / "summary.json").exists():
+    finished = out / "maps" / "summary.json"
+    keep_record(out / "maps.json", {"stride": stride}, made=finished)
+    if not finished.exists():
         command("predict_slides", workdir=model, slides=cohort, split="test", out=out / "maps", stride=stride, **limits)
     command(
         "evaluate_camelyon",

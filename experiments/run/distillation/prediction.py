@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from experiments.run.distillation.model import KIND, DistillationModel
 from experiments.run.distillation.training import STAGE
 from experiments.run.evaluation import Merit, measure
 from experiments.run.predictors import PredictionFlags, Predictor
+from experiments.run.program import UsageError
 from experiments.run.scoring import TileScorer
 from experiments.run.slide_result import SlideResult
 from experiments.run.slide_state import model_hash
@@ -39,6 +41,8 @@ from srcc_jax.parallel import make_mesh
 
 flags.disclaim_key_flags()
 
+VALIDATION = "validation"
+NMS_STOP = 1.0  # ours, of 3
 STRIDES_PER_TILE = 4  # patches of 256 px every 64 px: the pixels of the released code's masks
 
 
@@ -85,12 +89,12 @@ class DistillationKind:
             "tiles.csv are of the map as it was; 0: none (the released code)",
             lower_bound=0,
         )
-        self._slide_threshold = flags.DEFINE_float(
+        self._slide_threshold = flags.DEFINE_string(
             "slide_threshold",
             None,
             f"{KIND}: the slide score is the mean of the map's values from here on, 0 where there is none; none: the model's, 2.01 "
-            "in the released code",
-            lower_bound=0,
+            f"in the released code; {VALIDATION}: the one that was best on the validation patches, which those of models trained "
+            "briefly, and of RD without tumour patches, need",
         )
         self._radius = flags.DEFINE_float(
             "nms_radius_um",
@@ -100,8 +104,9 @@ class DistillationKind:
         )
         self._stop = flags.DEFINE_float(
             "nms_stop",
-            1.0,
-            f"{KIND}: values up to this are no lesion candidates (ours; the released code has 0.5, which nearly all tissue passes)",
+            None,
+            f"{KIND}: values up to this are no lesion candidates; none: 1 (ours; the released code has 0.5, which nearly all tissue "
+            f"passes), with --slide_threshold={VALIDATION} half of that",
             lower_bound=0,
         )
 
@@ -130,7 +135,7 @@ class DistillationKind:
         )
 
     def _settings(self, model: DistillationModel, given: PredictionFlags) -> AnomalySettings:
-        pooling, threshold = self._pooling.value, self._slide_threshold.value
+        pooling, (threshold, stop) = self._pooling.value, self._limits(model)
         known = tuple(model.thresholds.values())
         return AnomalySettings(
             grid=given.grid(tile=model.tile, stride=max(1, model.tile // STRIDES_PER_TILE), mpp=model.mpp),
@@ -142,13 +147,27 @@ class DistillationKind:
             patch_sigma=self._patch_sigma.value if pooling == "max" else 0.0,
             dihedral=self._dihedral.value,
             map_sigma=self._map_sigma.value,
-            slide_threshold=model.slide_threshold if threshold is None else threshold,
+            slide_threshold=threshold,
             nms_radius_um=self._radius.value,
-            nms_stop=self._stop.value,
+            nms_stop=stop,
             formats=given.chosen_formats(WRITERS, ANOMALY_FORMATS),
             thresholds=given.chosen_thresholds(known, highest=LEVELS, what="anomaly scores"),
             limits=(0.0, min(LEVELS, 2 * model.thresholds.get("validation", LEVELS / 2))),
         )
+
+    def _limits(self, model: DistillationModel) -> tuple[float, float]:
+        """Slide threshold, and the value up to which there are no candidates. UsageError for what is no threshold."""
+        given, stop = self._slide_threshold.value, self._stop.value
+        if given == VALIDATION:
+            threshold = model.thresholds[VALIDATION]
+            return threshold, threshold / 2 if stop is None else stop
+        try:
+            threshold = model.slide_threshold if given is None else float(given)
+        except ValueError:
+            threshold = -1.0
+        if not 0 <= threshold < float("inf"):
+            raise UsageError(f"--slide_threshold={given}: give a map value from 0 on, or {VALIDATION}")
+        return threshold, NMS_STOP if stop is None else stop
 
 
 def anomaly_scorer(
@@ -185,7 +204,20 @@ def _judge(
         f"specificity at {threshold:g}": functools.partial(specificity, threshold=threshold),
     }
     scores = [row.measure(COLUMN) for row in results]
-    return measure(records, scores, positive=model.positive, name=_name(model), seed=seed, metrics=metrics)
+    merit = measure(records, scores, positive=model.positive, name=_name(model), seed=seed, metrics=metrics)
+    return dataclasses.replace(merit, warnings=_blind(model, threshold, results))
+
+
+def _blind(model: DistillationModel, threshold: float, results: Sequence[SlideResult]) -> list[str]:
+    """A warning where every slide scores 0, because no map reaches the threshold."""
+    known = [row for row in results if row.measure(COLUMN) is not None]
+    if not known or any(row.measure(COLUMN) for row in known):
+        return []
+    highest = max(row.measure("highest") or 0.0 for row in known)
+    return [
+        f"All {len(known)} slides score 0: no map reaches the slide threshold {threshold:g}, the highest value is {highest:.4g}. "
+        f"--slide_threshold={VALIDATION} takes {model.thresholds[VALIDATION]:.4g}, which was best on the validation patches."
+    ]
 
 
 def _name(model: DistillationModel) -> str:

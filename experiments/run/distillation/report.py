@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.exports import write_json, write_table, write_text
+from experiments.run.distillation.spot_patches import failed_slides
 from experiments.run.distillation.training import AUC, METRIC, STAGE, DistillationStudy
 from experiments.run.evaluation import ITERATIONS
+from experiments.run.patch_feed import PatchFeed
 from experiments.run.workdir import versions
 from srcc_jax.methods.reverse_distillation import FIXED_THRESHOLD, Config
 from srcc_jax.metrics import Interval, Metric, accuracy, bootstrap, roc_auc, roc_curve, sensitivity, specificity
@@ -19,6 +22,7 @@ from srcc_jax.report import Report, render
 from srcc_jax.train import BestCheckpoint
 
 RANDOM_TEACHER = "The teacher has random weights: this run shows that shapes fit, and nothing about tumour. Give --teacher for results."
+PATCHES = "patches"  # folder of a work directory, with what was cut from slides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +89,7 @@ def write_results(
             "alpha": study.alpha,
             "patches": _counts(study),
             "unreadable": sorted(study.feed.unreadable.values()),
+            "failed_slides": failed_slides(folder / PATCHES),
             "random_teacher": random,
             "settings": dict(settings),
             "versions": versions(),
@@ -96,6 +101,12 @@ def _counts(study: DistillationStudy) -> dict[str, dict[str, int]]:
     """Split -> kind -> patches used."""
     kinds = {split: study.tumour[rows] for split, rows in study.rows.items()}
     return {split: {"normal": int((~t).sum()), "tumour": int(t.sum())} for split, t in kinds.items()}
+
+
+def lost(workdir: pathlib.Path, feed: PatchFeed) -> list[str]:
+    """Slides from which no patch was cut, and patches that could not be read, with the reasons."""
+    slides = [f"{slide_id}: {reason}" for slide_id, reason in failed_slides(workdir / PATCHES).items()]
+    return slides + sorted(feed.unreadable.values())
 
 
 def _report(
@@ -123,7 +134,7 @@ def _report(
         subtitle=f"{config.loss} loss, {config.similarity} similarity, α {study.alpha:g}, teacher {study.teacher.name}",
         summary=judged.merit,
         notes=notes,
-        warnings=[RANDOM_TEACHER] * random + sorted(study.feed.unreadable.values()),
+        warnings=[RANDOM_TEACHER] * random + lost(study.workdir.path, study.feed),
         roc={study.teacher.name: roc_curve(judged.label, judged.score)},
         training=curves,
         configuration=settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import pathlib
 import zlib
@@ -11,15 +12,18 @@ import numpy as np
 
 from data_pipelines.annotations import AnnotationError
 from data_pipelines.cohort import Cohort, CohortError, SlideRecord
+from data_pipelines.cohort_rows import listed
 from data_pipelines.exports import write_image, write_table
 from data_pipelines.patches import Patches, read_patches, write_patches
 from data_pipelines.scan import work_ahead
-from data_pipelines.slides import RegionError, SlideError, open_slide
-from data_pipelines.spots import MASK_MPP, Spots, cut_patch, find_regions, sample_spots
+from data_pipelines.slides import RegionError, Slide, SlideError, open_slide
+from data_pipelines.spots import MASK_MPP, Spots, SpotsError, cut_patch, find_regions, sample_spots
+from experiments.run.program import UsageError
 from experiments.run.progress import progress
 from srcc_jax.methods.reverse_distillation import Config
 
 NORMAL, TUMOUR = "normal", "tumour"
+_FAILED = "failed_slides.csv"
 _SPOTS = 1  # purpose that a seed is folded with
 
 
@@ -35,10 +39,14 @@ class SpotCutter:
 
     def cut(self, cohort: Cohort, *, threads: int) -> Patches:
         """The patches of all slides, also written as patches.csv; once that is there, it is read. Slides that cannot be used are
-        told and written to failed_slides.csv. Raises SlideError where none can."""
+        told, each time, and written to failed_slides.csv. Raises SlideError where none can, UsageError or SpotsError where
+        cohort, --positive and lists do not fit each other."""
         listing = self.folder / "patches.csv"
         if listing.exists():
+            tell_failed_slides(self.folder)
             return read_patches(listing)
+        self._check_lists(cohort)
+        self._check_labels(cohort)
         rows: list[tuple[pathlib.Path, str, SlideRecord]] = []
         failed: dict[str, str] = {}
         with progress(len(cohort), "cutting patches", unit="slides") as bar:
@@ -50,7 +58,7 @@ class SpotCutter:
                 else:
                     rows += [(file, kind, record) for file, kind in found]
                 bar.update()
-        write_table(self.folder / "failed_slides.csv", {"slide_id": list(failed), "reason": list(failed.values())})
+        write_table(self.folder / _FAILED, {"slide_id": list(failed), "reason": list(failed.values())})
         if not rows:
             raise SlideError(f"none of {len(cohort)} slides gave a patch; the first: {next(iter(failed.items()), '')}")
         columns = ([r.slide_id for *_, r in rows], [r.patient_id for *_, r in rows], [str(r.split) for *_, r in rows])
@@ -66,6 +74,7 @@ class SpotCutter:
             with open_slide(record.path, mpp_cohort=record.mpp, mpp_override=self.mpp_override) as slide:
                 found = []
                 for kind, spots in places.items():
+                    _check_inside(slide, record, kind, spots)
                     for x, y in zip(spots.x, spots.y):
                         file = self.folder / str(record.split) / kind / f"{record.slide_id}_{x:.0f}_{y:.0f}.png"
                         if not file.exists():
@@ -74,6 +83,32 @@ class SpotCutter:
         except (SlideError, RegionError, AnnotationError, CohortError) as error:
             return str(error)
         return found or "no place for a patch: too little tissue, or none of its spots is free of tumour"
+
+    def _check_lists(self, cohort: Cohort) -> None:
+        """Tells which slides of the lists the cohort does not have, and which of its slides are listed for tumour alone. UsageError
+        for a list without any of its slides."""
+        known = {record.slide_id.lower() for record in cohort}
+        named = {kind: {str(name).lower(): str(name) for name in spots.slide_id} for kind, spots in self.lists.items()}
+        for kind, names in named.items():
+            absent = [name for key, name in names.items() if key not in known]
+            if len(absent) == len(names):
+                ours = listed([record.slide_id for record in cohort])
+                raise UsageError(f"--{kind}_list names {listed(absent)}, and the cohort has {ours}: name them alike")
+            if absent:
+                print(f"--{kind}_list: slides that the cohort does not have: {listed(absent)}", flush=True)
+        normal = named.get(NORMAL, {})
+        alone = [name for key, name in named.get(TUMOUR, {}).items() if key in known and key not in normal]
+        if alone:
+            print(f"no normal patches of {listed(alone)}: their places are those of --tumour_list alone", flush=True)
+
+    def _check_labels(self, cohort: Cohort) -> None:
+        """Refuses slides to draw places on where no label of the cohort means tumour: tumour would be drawn as normal."""
+        labels = sorted({str(record.label) for record in cohort})
+        if not set(labels) & set(self.config.positives) and not all(self._listed(record) for record in cohort):
+            raise UsageError(
+                f"--positive={self.config.positive} is no label of the cohort, whose labels are {', '.join(labels)}: name the labels "
+                "of slides with tumour"
+            )
 
     def _listed(self, record: SlideRecord) -> dict[str, Spots]:
         """Kind -> the listed places on a slide; empty where no list names it."""
@@ -103,3 +138,31 @@ class SpotCutter:
             "validation": (config.validation_spots, config.validation_spots),
             "test": (config.test_normal_spots, config.test_tumour_spots),
         }[split]
+
+
+def _check_inside(slide: Slide, record: SlideRecord, kind: str, spots: Spots) -> None:
+    """SpotsError for a place off the slide, where a patch would be white."""
+    outside = (spots.x < 0) | (spots.y < 0) | (spots.x >= slide.width) | (spots.y >= slide.height)
+    for row in np.flatnonzero(outside)[:1]:
+        raise SpotsError(
+            f"{kind} place {spots.x[row]:g},{spots.y[row]:g} is not on {record.slide_id}, which has {slide.width} × {slide.height} "
+            f"pixels ({outside.sum()} places are not): lists hold level-0 pixels of the slides of the cohort"
+        )
+
+
+def failed_slides(folder: pathlib.Path) -> dict[str, str]:
+    """Slide -> why no patch was cut from it, as `SpotCutter.cut` wrote it into this folder; empty where no slides were cut."""
+    file = folder / _FAILED
+    if not file.exists():
+        return {}
+    with open(file, newline="", encoding="utf-8") as lines:
+        return {row["slide_id"]: row["reason"] for row in csv.DictReader(lines)}
+
+
+def tell_failed_slides(folder: pathlib.Path) -> None:
+    """Prints them."""
+    failed = failed_slides(folder)
+    for slide_id, reason in failed.items():
+        print(f"left out: {slide_id}: {reason}", flush=True)
+    if failed:
+        print("Which patches there are is fixed now: to try these slides again, give another --workdir", flush=True)

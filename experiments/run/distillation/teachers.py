@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from data_pipelines.weights import WeightsError, read_weights
-from experiments.run.model import Network
+from experiments.run.model import CARD, Network, save
 from experiments.run.program import UsageError
 from experiments.run.workdir import WorkdirError
 from srcc_jax.methods.reverse_distillation import Teacher
@@ -32,6 +32,14 @@ def load_teacher(
     except ValueError as error:  # PretrainedError among them, which can name hundreds of arrays
         problem = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise UsageError(f"--teacher={path} cannot be used with --teacher_arch={arch}: {problem}") from error
+
+
+def keep_teacher(path: pathlib.Path, folder: pathlib.Path, *, arch: str, source: str | None = None) -> Teacher:
+    """The network up to its third map, as a folder from which another training starts (--pretrained). Written once."""
+    if not (folder / CARD).exists():
+        teacher, variables = load_teacher(path, arch=arch, source=source)
+        save(Network(teacher, variables, {"name": f"{teacher.name}, up to its third map", "file": path.name}), folder)
+    return cut(Network.load(folder).architecture)
 
 
 def random_teacher(arch: str, *, seed: int, dtype: str = "float32") -> tuple[Teacher, dict[str, Any]]:

@@ -10,7 +10,7 @@ from data_pipelines.cohort import Cohort
 from data_pipelines.patch_grids import read_grids, write_grids
 from data_pipelines.patches import Patches
 from data_pipelines.spots import MASK_MPP, find_regions
-from experiments.run.distillation.spot_patches import SpotCutter
+from experiments.run.distillation.spot_patches import SpotCutter, tell_failed_slides
 from srcc_jax.methods import reverse_distillation
 from srcc_jax.methods.patch_grids import Config
 
@@ -21,7 +21,9 @@ def cut_grids(
     """The grids around places that He & Li's rule draws from each slide, and bool [N, side²]: the patches whose middle is tumour. Also
     written as grids.csv; once that is there, it is read. Slides that cannot be used are told, as `SpotCutter.cut` does."""
     listing = folder / "grids.csv"
-    if not listing.exists():
+    if listing.exists():
+        tell_failed_slides(folder)
+    else:
         spots = reverse_distillation.Config(
             tile=config.image,
             mpp=config.mpp,
@@ -47,7 +49,8 @@ def _cells(patches: Patches, cohort: Cohort, config: Config, mpp_override: float
         regions = find_regions(records[str(slide)], mpp_override=mpp_override)
         patch = config.tile * config.mpp / MASK_MPP  # in pixels of the mask
         for row in np.flatnonzero(patches.slide_id == slide):
-            x, y = (float(number) / regions.downsample for number in patches.path[row].stem.rsplit("_", 2)[1:])
+            # A spot is a pixel of the mask times its downsample; the file's name holds that rounded.
+            x, y = (round(float(number) / regions.downsample) for number in patches.path[row].stem.rsplit("_", 2)[1:])
             places = [np.floor(middle + steps * patch).astype(int) for middle in (y, x)]
             inside = [(place >= 0) & (place < length) for place, length in zip(places, regions.tumour.shape)]
             found = regions.tumour[np.ix_(*(np.clip(p, 0, n - 1) for p, n in zip(places, regions.tumour.shape)))]

@@ -22,7 +22,7 @@ from srcc_jax.models.architecture import Architecture
 from srcc_jax.parallel import by_rows, put, whole
 from srcc_jax.train import BestCheckpoint, Keep, TrainState, fit_to_best, init_state, make_train_step
 
-METRIC = "validation_accuracy"
+METRIC, AUC = "validation_accuracy", "validation_auc"
 STAGE = "train"
 
 
@@ -56,7 +56,7 @@ class GridStudy:
         self._logit = jax.jit(middle, in_shardings=shardings, out_shardings=shardings[1])
 
     def train(self, variables: Mapping[str, Any]) -> BestCheckpoint:
-        """Trains all epochs; the checkpoint with the best validation accuracy at 0.5 is the result, as in the released code."""
+        """Trains all epochs; the result is the checkpoint that the settings select on the validation patches."""
         config = self.config
         sampler = ShuffledRows(self.rows["train"], config.batch, config.seed)
         end = max(1, round(config.epochs * sampler.steps_per_epoch))
@@ -66,7 +66,7 @@ class GridStudy:
             init_state(variables, tx, config.seed, self.mesh),
             lambda begin: self._batches(sampler, begin, end),
             folder=str(self.workdir.path / "checkpoints"),
-            keep=Keep(metric=METRIC, mode="max"),
+            keep=Keep(metric=AUC if config.selection == "auc" else METRIC, mode="max"),
             num_steps=end,
             mesh=self.mesh,
             evaluate=self.evaluate,
@@ -81,7 +81,7 @@ class GridStudy:
         return {
             METRIC: float(accuracy(label, score, threshold=0.5)),
             "validation_loss": float(log_loss(label, score)),
-            "validation_auc": float(roc_auc(label, score)),
+            AUC: float(roc_auc(label, score)),
             "threshold": best_threshold(label, score)[0],
         }
 
@@ -106,4 +106,4 @@ class GridStudy:
     def _log(self, step: int, row: dict[str, float]) -> None:
         self.workdir.log(STAGE, step, row)
         if METRIC in row:
-            print(f"step {step}: validation accuracy {row[METRIC]:.4f}, AUC {row['validation_auc']:.4f}", flush=True)
+            print(f"step {step}: validation accuracy {row[METRIC]:.4f}, AUC {row[AUC]:.4f}", flush=True)
