@@ -21,7 +21,7 @@ from data_pipelines.prepare import TISSUE_MPP
 from data_pipelines.slides import Slide, open_slide
 from data_pipelines.tiles import Tiles
 from data_pipelines.tissue import stain_density, stain_threshold
-from data_pipelines.tumour_masks import TumourMask, tumour_mask
+from data_pipelines.tumour_masks import TumourMask, open_mask, tumour_mask
 
 _BLOCK_PX = 1024  # side of what is read of a slide at a time
 
@@ -85,16 +85,18 @@ def write_mask(path: str | os.PathLike[str], mask: np.ndarray) -> None:
 
 
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
-    """bool [H, W]: where an image of one channel, or the first of several, is not 0. Raises AnnotationError where it is none."""
+    """bool [H, W]: where an image of one channel, or any colour of it, is not 0. Raises AnnotationError where it is none."""
     try:
         if _is_tiff(path):
             values = tifffile.imread(path)
         else:
-            with Image.open(path) as image:
+            with open_mask(path) as image:
                 values = np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, tifffile.TiffFileError) as error:
+    except (OSError, SyntaxError, ValueError, tifffile.TiffFileError) as error:
         raise AnnotationError(f"{path}: no mask image can be read from it ({error}): write it again") from error
-    return (values[..., 0] if values.ndim == 3 else values) > 0
+    if values.ndim == 3:
+        values = values[..., : 3 if values.shape[-1] > 2 else 1].max(-1)  # a second or fourth channel is transparency
+    return values > 0
 
 
 def _is_tiff(path: str | os.PathLike[str]) -> bool:

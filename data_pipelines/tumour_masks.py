@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import pathlib
-from collections.abc import Collection
+import threading
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import tifffile
@@ -17,8 +20,9 @@ from data_pipelines.prepare import read_shapes
 from data_pipelines.slides import Slide, open_slide
 
 IMAGES = frozenset({".tif", ".tiff", ".png"})
-_UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, Image.DecompressionBombError, tifffile.TiffFileError)
-_CURE = "write it again, as TIFF with levels where it is large"
+_UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, tifffile.TiffFileError)
+_CURE = "write it again"
+_LIMIT = threading.Lock()
 _PADDED = 0.01  # part of a side by which a mask may be longer or shorter than the slide: some are padded to whole tiles
 _TUMOUR_VALUES = (1, 255)  # of masks; 2 is normal tissue in masks of Camelyon17's kind
 
@@ -95,11 +99,24 @@ def _check_shape(path: pathlib.Path, size: tuple[int, int], slide: Slide) -> Non
         )
 
 
+@contextlib.contextmanager
+def open_mask(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """A mask of any size: it may have as many pixels as its slide, where PIL refuses strangers' pictures of more than 179 million."""
+    with _LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    with image:
+        yield image
+
+
 def _levels(path: pathlib.Path) -> list[tuple[int, int]]:
     """(width, height) of each level of a mask image."""
     try:
         if path.suffix.lower() == ".png":
-            with Image.open(path) as image:
+            with open_mask(path) as image:
                 return [image.size]
         with tifffile.TiffFile(path) as tif:
             return [(level.shape[1], level.shape[0]) for level in tif.series[0].levels]
@@ -111,7 +128,7 @@ def _read_level(path: pathlib.Path, level: int) -> np.ndarray:
     """[H, W] of a level of a mask image, in grey or in any one colour."""
     try:
         if path.suffix.lower() == ".png":
-            with Image.open(path) as image:
+            with open_mask(path) as image:
                 values = np.asarray(image)
         else:
             values = tifffile.imread(path, level=level)

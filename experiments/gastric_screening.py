@@ -4,8 +4,10 @@
     python -m experiments.gastric_screening --patches=patches.csv --workdir=runs/patches --model=dla
 
 The cohort table is as for every program; annotations may be outlines of any format or mask images, and columns subtype, site and
-year, where it has them, are reviewed. --stage is one of refine, foreground, multitask, features, screening, blur, or all: what an
-earlier stage left is used, and what a killed one left is continued. --patches is a list (CSV) with the columns path, label and
+year, where it has them, are reviewed. --stage is one of refine, pairs, foreground, multitask, features, screening, blur, or all: what
+an earlier stage left is used, and what a killed one left is continued. The stage pairs writes what the foreground network learns
+from, pairs/thumbnails and pairs/tissue of the work directory, and nothing else: delete the masks that are wrong before --stage=all.
+refine and pairs need neither labels nor splits. --patches is a list (CSV) with the columns path, label and
 mask (of pixels; may be empty), for the multi-task network alone. Where the table has no splits, patients are drawn anew for each of
 --repeats, each in a folder of its own.
 """
@@ -24,7 +26,8 @@ from data_pipelines.cohort import Cohort, assign_splits, check_two_classes, read
 from data_pipelines.patches import read_patches, split_patches
 from experiments.run import settings as settings_module
 from experiments.run.program import Stop, UsageError, run, start_devices
-from experiments.run.screening.chain import STAGES, PatchRun, SlideRun
+from experiments.run.screening.chain import SHARED, STAGES, SlideRun
+from experiments.run.screening.patch_chain import PatchRun
 from experiments.run.screening.starting import starting_network
 from experiments.run.screening.tables import write_tables
 from experiments.run.settings import config_from_flags, define_flags
@@ -90,11 +93,12 @@ def repeats(cohort: Cohort, config: Config) -> list[Cohort]:
 
 
 def run_slides(config: Config, mesh: Mesh) -> pathlib.Path:
-    """All repeats over a cohort of slides. Returns the work directory."""
-    table = pathlib.Path(str(_COHORT.value))
-    cohort = read_cohort(table)
-    check_two_classes(cohort, config.positive, where=str(table))
-    divided = repeats(cohort, config)
+    """All repeats over a cohort of slides, or what they share, once. Returns the work directory."""
+    table, training = pathlib.Path(str(_COHORT.value)), _STAGE.value not in SHARED
+    cohort = read_cohort(table, require_labels=training)
+    if training:
+        check_two_classes(cohort, config.positive, where=str(table))
+    divided = repeats(cohort, config) if training else [cohort]
     network = starting_network(config, _PRETRAINED.value, _SOURCE.value, dtype=arithmetic(_DTYPE.value))
     decisive = settings(config, table)
     workdir, stop, finished = Workdir.open(str(_WORKDIR.value), decisive), Stop(), []

@@ -53,6 +53,8 @@ def _report(predictor: Predictor, outcome: CohortOutcome) -> None:
     write_report(predictor.subject, merit, outcome, measures)
     if not merit.summary:
         print(merit.remarks[0])
+    for warning in merit.warnings:
+        print(warning)
     print(f"{out / 'slides.csv'}, {out / 'report.html'}")
 
 

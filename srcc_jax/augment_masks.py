@@ -15,7 +15,8 @@ class ViewConfig:
     """What may happen to a training patch. Yu et al. 2019, §5.2, name the kinds and give no ranges: these are ours.
 
     crop: least side of the part that is cut out and enlarged again, as a share of the image's. aspect: its sides' ratio differs from
-    1 by a factor of up to 1 + this. contrast: as of `augment`. noise: largest standard deviation, in units of 8-bit pixels.
+    1 by a factor of up to 1 + this. contrast: as of `augment`. density: largest change of the optical density, as a share of it: paler
+    and darker stains. noise: largest standard deviation, in units of 8-bit pixels.
     """
 
     flips: bool = True
@@ -23,11 +24,15 @@ class ViewConfig:
     crop: float = 0.75
     aspect: float = 0.2
     contrast: float = 0.2
+    density: float = 0.0
     noise: float = 8.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.crop <= 1 or not 0 <= self.contrast < 1 or self.aspect < 0 or self.noise < 0:
-            raise ValueError(f"crop is in (0, 1], contrast in [0, 1), aspect and noise are at least 0; not {self}")
+        shares = all(0 <= share < 1 for share in (self.contrast, self.density))
+        if not 0 < self.crop <= 1 or not shares or self.aspect < 0 or self.noise < 0:
+            raise ValueError(
+                f"crop is in (0, 1], contrast and density in [0, 1), aspect and noise are at least 0; not {self}"
+            )
 
 
 def random_views(image: jax.Array, mask: jax.Array, key: jax.Array, config: ViewConfig) -> tuple[jax.Array, jax.Array]:
@@ -44,6 +49,9 @@ def random_views(image: jax.Array, mask: jax.Array, key: jax.Array, config: View
     if config.crop < 1 or config.aspect > 0:
         both = _cropped(both.astype(jnp.float32), draws[:, 3:7], config)
     pixels, cut = both[..., :3].astype(jnp.float32), (both[..., 3] >= 127.5).astype(jnp.float32)
+    if config.density > 0:
+        drawn = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 2), minval=-1.0))(keys)
+        pixels = 255 * (pixels / 255) ** (1 + config.density * drawn)[:, None, None, None]
     same = jnp.ones(len(image))
     contrast = 1 + config.contrast * (2 * draws[:, 7] - 1)
     pixels = recolour(pixels, brightness=0 * same, contrast=contrast, saturation=same, hue=0 * same)

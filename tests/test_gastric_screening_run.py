@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.annotations import write_asap_xml
+from data_pipelines.cohort import SlideRecord
 from data_pipelines.lesion_masks import read_mask
 from data_pipelines.masked_patches import read_masks
 from data_pipelines.patches import PatchBatch, read_patches
@@ -22,6 +23,7 @@ from experiments.run.screening.features import top_patches
 from experiments.run.screening.glas import write_glas
 from experiments.run.screening.judging import JudgedSlides, judge_patches, read_results
 from experiments.run.screening.model import PICTURE, ScreeningModel
+from experiments.run.screening.tables import write_tables
 from experiments.run.workdir import Workdir, WorkdirError
 from srcc_jax.methods.gastric_screening import MODELS, Config
 from srcc_jax.models import zoo
@@ -117,7 +119,15 @@ def test_a_run_leaves_a_model_and_tables(whole):
     assert {row["column"] for row in result["errors"]} == {"site", "year", "subtype"}
     table = rows_of(workdir / "slides.csv")
     assert {row["label"] for row in table} == {"malignant", "benign"} and table[0]["site"] in "AB"
+    largest = result["largest patch"]  # the baseline: no second network
+    logits = {}
+    for name in (row["slide_id"] for row in table):
+        with np.load(workdir / "features" / f"{name}.npz") as file:
+            logits[name] = float(file["logit"].max())
+    highest = sorted(table, key=lambda row: logits[row["slide_id"]])[-2:]
+    assert {row["label"] for row in highest} == {"malignant"} and largest["ROC AUC"].value == 1
     text = (workdir / "tables.md").read_text()
+    assert "| largest patch alone, tiny, here at the validation threshold |" in text
     for words in ("here at 0.74", "ResNet-34, paper", "0.8331 ± 0.0101", "SGH, paper", "falsely called"):
         assert words in text
     page = (workdir / "report.html").read_text()
@@ -135,6 +145,15 @@ def test_refined_masks_are_the_stained_part_of_the_outline(whole):
         assert float(row["outlined_mm2"]) == pytest.approx((150**2 - hole) * 1e-6, rel=1e-3)
         assert float(row["kept_mm2"]) == pytest.approx((tissue - hole) * 1e-6, rel=0.03)
         assert read_mask(workdir / "masks" / f"{row['slide_id']}.tiff").shape == (SIDE // 2, SIDE // 2)
+
+
+def test_the_screening_network_is_that_of_the_last_epoch_and_others_of_the_least_loss(whole):
+    workdir, _ = whole
+    kept = json.loads((workdir / "model.json").read_text())["about"]["steps"]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    of = {name: [row for row in rows if row["stage"] == name and fitting.METRIC in row] for name in kept}
+    assert kept["screening"] == of["screening"][-1]["step"]
+    assert kept["multitask"] == min(of["multitask"], key=lambda row: row[fitting.METRIC])["step"]
 
 
 def test_the_learning_rate_follows_the_recorded_losses(whole):
@@ -230,6 +249,8 @@ def test_stages_go_one_by_one(runs, whole):
     workdir = runs / "stages"
     early = programs.one_line(start(runs, "stages", stage="features"))
     assert "run --stage=multitask first" in early
+    written = start(runs, "stages", stage="blur").out
+    assert f"blur: {workdir / 'blur' / 'weights.npz'}: step " in written and "validation auc" in written
     shutil.copytree(runs / "whole" / "multitask", workdir / "multitask")
     shutil.copytree(runs / "whole" / "masks", workdir / "masks")
     assert start(runs, "stages", stage="features").status == 0
@@ -255,6 +276,110 @@ def test_a_corrected_annotation_is_refined_again_and_not_mixed_with_the_old(runs
         assert "begun on other examples" in refused and "give another --workdir" in refused
     finally:
         annotation.write_bytes(before)
+
+
+def files_of(workdir, *names):
+    return {name: (workdir / name).read_bytes() for name in names}
+
+
+def same_networks(workdir, *names):
+    """The saved model's networks are those that the stages left."""
+    with np.load(workdir / "weights.npz") as saved:
+        for name in names:
+            with np.load(workdir / name / "weights.npz") as stage:
+                prefix = "patches" if name == "multitask" else name
+                for leaf in stage:
+                    np.testing.assert_array_equal(saved[f"{prefix}/{leaf}"], stage[leaf])
+
+
+def test_what_another_network_made_is_made_again(runs, whole):
+    """Annotations are corrected, and what the errors advise to remove is removed."""
+    workdir = runs / "remade"
+    shutil.copytree(whole[0], workdir)
+    names = ("features/test_malignant_0.npz", "weights.npz", "metrics.json")
+    before = files_of(workdir, *names)
+    annotations = {runs / f"train_malignant_{number}.xml" for number in range(3)}
+    kept = {path: path.read_bytes() for path in annotations}
+    try:
+        smaller = np.array([(240, 240), (350, 240), (350, 350), (240, 350)], float)
+        for path in annotations:
+            write_asap_xml(path, [Shape("polygon", smaller, name="a", group="lesion")])
+        assert start(runs, "remade", stage="refine").status == 0
+        shutil.rmtree(workdir / "multitask")
+        alone = start(runs, "remade", stage="multitask")
+        assert "metrics.json and weights.npz are of another multitask network: --stage=all" in alone.out
+        assert "run --stage=features first" in programs.one_line(start(runs, "remade", stage="screening"))
+        refused = start(runs, "remade")
+        assert "15 files are of another multi-task network" in refused.out, refused
+        assert "screening: the stage was begun on other examples" in programs.one_line(refused)
+        shutil.rmtree(workdir / "screening")
+        outcome = start(runs, "remade")
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+    assert outcome.status == 0 and "of another multitask and screening network: judged again" in outcome.out
+    after = files_of(workdir, *names)
+    assert all(after[name] != before[name] for name in names)
+    same_networks(workdir, "multitask", "screening", "foreground", "blur")
+
+
+def test_pairs_are_sorted_by_hand_before_the_foreground_network_learns(runs, whole):
+    workdir = runs / "sorted"
+    assert start(runs, "sorted", stage="pairs").status == 0 and not (workdir / "foreground").exists()
+    shutil.copytree(whole[0], workdir, dirs_exist_ok=True)
+    before = files_of(workdir, "weights.npz", "slides.csv")
+    wrong = [workdir / "pairs" / kind / "train_malignant_0.png" for kind in ("tissue", "thumbnails")]
+    for file in wrong:
+        file.unlink()
+    assert "begun on other examples" in programs.one_line(start(runs, "sorted", stage="foreground"))
+    shutil.rmtree(workdir / "foreground")
+    outcome = start(runs, "sorted")
+    assert outcome.status == 0 and f"pairs: 14 in {workdir / 'pairs'}" in outcome.out, outcome
+    assert not any(file.exists() for file in wrong)
+    after = files_of(workdir, "weights.npz", "slides.csv")
+    assert after["weights.npz"] != before["weights.npz"] and after["slides.csv"] == before["slides.csv"]
+    same_networks(workdir, "foreground", "multitask")
+
+
+def test_a_run_of_an_older_version_stands(runs, whole):
+    """It has no record of its networks, and its pairs are in the folder of the stage."""
+    workdir = runs / "older"
+    shutil.copytree(whole[0], workdir)
+    for file in (workdir / "made_from.json", workdir / "features" / "made_from.json", workdir / "pairs" / "pairs.csv"):
+        file.unlink()
+    for kind in ("tissue", "thumbnails"):
+        shutil.move(workdir / "pairs" / kind, workdir / "foreground" / kind)
+    (workdir / "pairs").rmdir()
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*.npz")}
+    outcome = start(runs, "older")
+    assert outcome.status == 0 and outcome.out.count("of an older version, taken to be") == 2, outcome
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*.npz")} == before
+    assert not (workdir / "pairs").exists() and (workdir / "made_from.json").exists()
+    again = start(runs, "older")
+    assert again.status == 0 and "older version" not in again.out
+
+
+def test_refining_needs_no_labels_and_tells_what_is_worth_a_look(runs, tmp_path):
+    outside = np.array([(330, 330), (380, 330), (380, 380), (330, 380)], float)
+    write_asap_xml(tmp_path / "glass.xml", [Shape("polygon", outside, name="a", group="lesion")])
+    Image.fromarray(np.zeros((96, 96), np.uint8)).save(tmp_path / "empty.png")
+    xml = runs / "train_malignant_0.xml"
+    rows = [("good", "", xml), ("glass", "", "glass.xml"), ("empty", "malignant", "empty.png"), ("odd", "benign", xml)]
+    slides, table = sorted(runs.glob("*_malignant_*.tiff"))[:4], tmp_path / "new.csv"
+    lines = [f"{name},{slide},{label},{file}" for slide, (name, label, file) in zip(slides, rows)]
+    table.write_text("\n".join(["slide_id,path,label,annotation", *lines]) + "\n")
+    outcome = start(runs, "new", cohort=table, stage="refine")
+    assert outcome.status == 0, outcome.err
+    notes = {row["slide_id"]: row["note"] for row in rows_of(runs / "new" / "refine.csv")}
+    assert notes == {
+        "good": "",
+        "glass": "none of its outlines is on stained tissue",
+        "empty": "nothing is outlined",
+        "odd": "outlined, but its label is benign: the outlines are ignored, its tiles count as benign",
+    }
+    assert "look at: odd: outlined" in outcome.out and "look at: good" not in outcome.out
+    table.write_text("\n".join(["slide_id,path,label,annotation", f"good,{slides[0]},malignant,{xml}"]) + "\n")
+    assert start(runs, "positive", cohort=table, stage="refine").status == 0
 
 
 def write_patches(folder):
@@ -363,7 +488,7 @@ def test_glas_becomes_a_list_of_crops_with_masks(tmp_path):
         write_glas(source, tmp_path / "other", reduce=2, side=64)
 
 
-def test_judged_patches_and_slides_by_hand():
+def test_judged_patches_and_slides_by_hand(tmp_path):
     found = {
         "label": np.array([1, 0, 1, 0]),
         "logit": np.array([2.0, 1.0, 0.0, -1.0]),
@@ -376,5 +501,14 @@ def test_judged_patches_and_slides_by_hand():
     assert merit["average precision"].value == pytest.approx(5 / 6) and merit["ROC AUC"].value == 0.75
     one_class = {name: values[[1, 3]] for name, values in found.items()}
     assert "ROC AUC" not in judge_patches(one_class, np.array(["b", "b"]), seed=0)
+    given = {f"s{n}": {"site": "AAB"[n], "year": ("2018", "2019", "2018")[n]} for n in range(3)}
+    records = [SlideRecord(name, None, "malignant", name) for name in given]
+    sites = JudgedSlides.of(records, np.ones(3), np.array([9.0, -9.0, 9.0]), given).sites(0.74)
+    assert [(row["site"], row["year"], row["total"], row["sensitivity"].value) for row in sites] == [
+        ("A", "2018", 1, 1), ("A", "2019", 1, 0), ("A", "all", 2, 0.5), ("B", "2018", 1, 1),
+    ]  # fmt: skip
+    write_tables(tmp_path, Config(model="tiny"), [{"sites": sites}, {"sites": sites}])
+    text = (tmp_path / "tables.md").read_text()
+    assert "| repeat | site |" in text and "| 0 | A | all | 2 |" in text and "| 1 | A | all | 2 |" in text
     slides = JudgedSlides.of([], np.zeros(0), np.zeros(0), {})
     assert slides.sites(0.74) == [] and slides.errors(0.74) == []

@@ -91,6 +91,42 @@ def test_mask_images_of_any_level_are_refined(tmp_path, kind, downsample):
     assert (found.mask.mask != wanted).mean() < 0.02
 
 
+def draw_mask(path, colour, *, second=None):
+    """A square of one colour on black, and another of a second one."""
+    image = np.zeros((64, 64, len(colour)), np.uint8)
+    image[16:48, 16:48] = colour
+    if len(colour) == 4:
+        image[..., 3] = 255
+    if second:
+        image[:8, :8] = second
+    Image.fromarray(image).save(path)
+
+
+@pytest.mark.parametrize("colour", [(0, 255, 0), (255, 255, 255), (0, 0, 255, 255)])
+def test_a_mask_may_be_of_any_one_colour(tmp_path, colour):
+    draw_mask(tmp_path / "mask.png", colour)
+    found = refine(record(tmp_path, tmp_path / "mask.png"), mpp=4.0)
+    assert found.outlined_mm2 == pytest.approx(32**2 * 16e-6)
+    assert read_mask(tmp_path / "mask.png").sum() == 32**2
+
+
+def test_masks_that_tell_no_lesion_are_refused(tmp_path):
+    path = tmp_path / "mask.png"
+    draw_mask(path, (0, 255, 0), second=(255, 0, 0))
+    with pytest.raises(AnnotationError, match="of several colours: write the tumour alone"):
+        refine(record(tmp_path, path), mpp=4.0)
+    Image.fromarray(np.zeros((50, 300), np.uint8)).save(path)
+    with pytest.raises(AnnotationError, match="300 × 50 pixels, the slide 512 × 512"):
+        refine(record(tmp_path, path), mpp=4.0)
+
+
+def test_masks_larger_than_pictures_may_be_are_read(tmp_path, monkeypatch):
+    draw_mask(tmp_path / "mask.png", (0, 255, 0))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert refine(record(tmp_path, tmp_path / "mask.png"), mpp=4.0).outlined_mm2 == pytest.approx(32**2 * 16e-6)
+    assert read_mask(tmp_path / "mask.png").sum() == 32**2
+
+
 def test_an_empty_mask_stays_empty(tmp_path):
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "mask.png")
     found = refine(record(tmp_path, tmp_path / "mask.png"), mpp=4.0)

@@ -1,6 +1,7 @@
 """predict_slides with a model of gastric screening: gates, lesion map, verdicts, files; and what a kill leaves."""
 
 import csv
+import dataclasses
 import json
 
 import jax
@@ -10,11 +11,14 @@ import pytest
 from data_pipelines.annotations import read_annotation
 from data_pipelines.cohort import read_cohort
 from data_pipelines.exports import read_map
+from data_pipelines.prepare import TISSUE_MPP
 from data_pipelines.slides import open_slide
 from data_pipelines.tiles import Grid, tile_slide
+from data_pipelines.tissue import tissue_mask
+from experiments.run.screening import gates
 from experiments.run.screening.features import top_patches
 from experiments.run.screening.model import ScreeningModel
-from experiments.run.screening.prediction import lesion_cell, slide_judge
+from experiments.run.screening.prediction import lesion_cell, overlapping_stride, slide_judge
 from experiments.run.screening.prediction_gates import SlideGates
 from experiments.run.screening.screening_outputs import ScreeningProgress, ScreeningSettings, tapering
 from srcc_jax.methods.gastric_screening import malignancy_logit
@@ -26,6 +30,7 @@ from tests.programs import one_line, tissue
 from tests.tiff_files import overwrite, tile_bytes, write_tiff
 
 TILE, TOP_K = 64, 8
+GATED = {"min_tissue": 0.1, "focus_patches": 0, "judged_stride": TILE, "mpp_override": None}
 FILES = {
     *(
         f"{stem}{end}"
@@ -66,9 +71,10 @@ def root(tmp_path_factory):
 
 
 def predict(root, out="out", **values):
-    given = {"workdir": root / "model", "slides": root / "cohort.csv", "out": root / out, "threads": 1, **values}
+    """With patches that do not overlap, where `stride` does not say otherwise; None: as the program has it."""
+    given = {"workdir": root / "model", "slides": root / "cohort.csv", "out": root / out, "threads": 1, "stride": TILE}
     with programs.imported("predict_slides") as module:
-        return programs.start(module, **given)
+        return programs.start(module, **{n: value for n, value in (given | values).items() if value is not None})
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +164,8 @@ def test_scores_map_and_verdict_are_those_of_the_plain_networks(outcome, root, p
     assert float(rows_of(root)["a"]["lesion_mm2"]) == pytest.approx((heat.values >= 0.5).sum() * 64e-6)
 
 
-def test_a_finer_stride_changes_the_map_and_not_the_verdict(outcome, root):
-    predict(root, "fine", stride=32, focus_patches=0)
+def test_half_a_tile_is_the_stride_and_changes_the_map_and_not_the_verdict(outcome, root):
+    predict(root, "fine", stride=None, focus_patches=0)
     fine, coarse = rows_of(root, "fine"), rows_of(root)
     for name in "ac":
         assert int(fine[name]["tiles"]) > 2 * int(coarse[name]["tiles"])
@@ -203,10 +209,11 @@ def test_contours_enclose_what_is_above_the_thresholds(outcome, root):
     assert {shape.group for shape in shapes[0]} == {"lesion probability ≥ 0.1"}
 
 
-def test_a_network_without_a_map_gives_the_verdict_alone(root):
-    outcome = predict(root, "single", workdir=root / "single", formats="npz,csv,png")
+def test_a_network_without_a_map_gives_the_verdict_alone(outcome, root):
+    alone = predict(root, "single", workdir=root / "single", formats="npz,csv,png", stride=None)
     row = rows_of(root, "single")["a"]
-    assert row["status"] == "done" and row["probability"] and row["lesion_mm2"] == "" and row["blurred"] == "", outcome
+    assert row["status"] == "done" and row["probability"] and row["lesion_mm2"] == "" and row["blurred"] == "", alone
+    assert row["tiles"] == rows_of(root)["a"]["tiles"]  # without a map there are no seams: the model's stride
     assert not (root / "single" / "slides" / "a" / "lesion.npz").exists()
     assert about(root, "a", "single")["tissue_rule"] == "otsu"
 
@@ -214,11 +221,10 @@ def test_a_network_without_a_map_gives_the_verdict_alone(root):
 def test_tissue_is_the_foreground_networks_and_otsus_where_it_finds_none(root, tmp_path):
     model = ScreeningModel.load(programs.save_screening(tmp_path / "model", tile=TILE))
     records = read_cohort(root / "cohort.csv").records
-    given = {"min_tissue": 0.1, "focus_patches": 0, "mpp_override": None}
     found = {}
     for bias, rule in ((1e3, "foreground"), (-1e3, "foreground"), (0, "otsu")):
         model.variables["foreground"]["params"]["classifier"]["bias"] = np.full(1, bias, np.float32)
-        slide = SlideGates(model.variables, model.gates).prepare(records[2], model.grid, tissue_rule=rule, **given)
+        slide = SlideGates(model.variables, model.gates).prepare(records[2], model.grid, tissue_rule=rule, **GATED)
         found[bias, rule] = (slide.tissue_rule, bool(slide.tissue.all()), slide.blurred)
         assert any("foreground network" in line for line in slide.quality.flags()) == (rule == "foreground")
         slide.slide.close()
@@ -227,6 +233,55 @@ def test_tissue_is_the_foreground_networks_and_otsus_where_it_finds_none(root, t
         (-1e3, "foreground"): ("otsu", False, None),
         (0, "otsu"): ("otsu", False, None),
     }
+
+
+def gates_of(folder, **spec):
+    model = ScreeningModel.load(programs.save_screening(folder, tile=TILE))
+    return SlideGates(model.variables, dataclasses.replace(model.gates, **spec)), model.grid
+
+
+def test_tissue_is_looked_for_at_the_scale_of_the_training(root, tmp_path, monkeypatch):
+    gate, grid = gates_of(tmp_path / "model", thumbnail_mpp=8.0)
+    seen = []
+    monkeypatch.setattr(gates, "square_thumbnail", lambda pixels, side: seen.append(pixels.shape) or pixels)
+    slide = gate.prepare(read_cohort(root / "cohort.csv").records[0], grid, tissue_rule="foreground", **GATED)
+    slide.slide.close()
+    assert seen == [(64, 64, 3)]  # 512 µm
+
+
+@pytest.mark.parametrize("part, noted", [(0.6, True), (0.8, False)])
+def test_tissue_that_the_network_does_not_find_is_noted(root, tmp_path, monkeypatch, part, noted):
+    def mask(finder, slide, *, shape):
+        found = tissue_mask(slide.thumbnail(TISSUE_MPP))
+        found[np.cumsum(found).reshape(found.shape) > part * found.sum()] = False
+        return found
+
+    gate, grid = gates_of(tmp_path / "model")
+    monkeypatch.setattr(gates.ForegroundFinder, "mask", mask)
+    slide = gate.prepare(read_cohort(root / "cohort.csv").records[0], grid, tissue_rule="foreground", **GATED)
+    slide.slide.close()
+    assert any(f"they share {part:.0%}" in line for line in slide.quality.flags()) == noted, slide.quality.flags()
+
+
+def test_the_focus_is_that_of_the_same_places_at_any_stride(root, tmp_path, monkeypatch):
+    gate, grid = gates_of(tmp_path / "model")
+    places = []
+    monkeypatch.setattr(
+        SlideGates, "_square", lambda gate, made, row: places.append((made.tiles.u[row], made.tiles.v[row]))
+    )
+    looked_at = []
+    for stride in (64, 32):
+        places.clear()
+        finer, given = dataclasses.replace(grid, stride=stride), {**GATED, "focus_patches": 5}
+        slide = gate.prepare(read_cohort(root / "cohort.csv").records[0], finer, tissue_rule="otsu", **given)
+        slide.slide.close()
+        looked_at.append(list(places))
+    assert len(looked_at[0]) == 5 and looked_at[0] == looked_at[1]
+
+
+def test_strides_of_lesion_maps_overlap_by_half():
+    for tile, stride, wanted in ((512, 512, 256), (512, 384, 192), (512, 256, 256), (512, 511, 511)):
+        assert overlapping_stride(Grid(tile=tile, stride=stride, mpp=0.5)) == wanted
 
 
 def test_what_does_not_fit_is_one_line(root):

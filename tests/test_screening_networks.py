@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from srcc_jax import losses, metrics, train
 from srcc_jax.augment_masks import ViewConfig, random_views
@@ -21,8 +21,10 @@ from srcc_jax.methods.gastric_screening_paper import (
     SITES,
 )
 from srcc_jax.models import zoo
+from srcc_jax.models.architecture import TORCH
 from srcc_jax.models.blur import BlurNet
 from srcc_jax.models.foreground import ForegroundNet
+from srcc_jax.models.heads import ClassHead
 from srcc_jax.models.layers import init_variables, variable_shapes
 from srcc_jax.models.screening import ScreeningNet
 from srcc_jax.parallel import make_mesh
@@ -265,7 +267,22 @@ def test_noise_and_contrast_leave_the_mask_alone():
     assert np.abs(np.asarray(views) - image).mean() > 2 and views.min() >= 0 and views.max() <= 255
 
 
+def test_the_density_of_a_view_is_another_but_glass_stays_white():
+    """Of a stain of optical density d the view has f · d, one f for all channels."""
+    image, mask = stripes()
+    image[:, 0] = 255
+    denser = ViewConfig(flips=False, rotations=False, crop=1, aspect=0, contrast=0, noise=0, density=0.6)
+    views, masks = random_views(image, mask, jax.random.key(0), denser)
+    np.testing.assert_array_equal(masks, mask)
+    np.testing.assert_allclose(views[:, 0], 255, rtol=1e-6)
+    factor = np.log(np.asarray(views[:, 1:]) / 255) / np.log(image[:, 1:] / 255)
+    np.testing.assert_allclose(factor, np.broadcast_to(factor[:, :1, :1, :1], factor.shape), rtol=1e-4)
+    assert 0.4 <= factor.min() < 0.9 and 1.1 < factor.max() <= 1.6
+
+
 def test_settings_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="contrast and density"):
+        ViewConfig(density=1.0)
     for values, words in (
         ({"tile": 500}, "multiple of 32"),
         ({"blur_most": 1.0}, "--blur_most=1"),
@@ -275,3 +292,18 @@ def test_settings_that_do_not_fit_are_refused():
             Config(**values)
     with pytest.raises(ValueError, match="--remat has no meaning for --model=efficientnet_b4"):
         patch_architecture(Config(model="efficientnet_b4", remat=True))
+
+
+@pytest.mark.parametrize("scale, normal", [(0.5, -1.0), (-0.5, 1.0)])
+def test_the_class_branch_is_normalised_and_leaky(scale, normal):
+    """Vector g9 of the card: x̂ = -1, γ = .5, β = 0. A γ below 0 is used as it is, without the absolute value by which InPlace-ABN can be
+    inverted: x̂ = 1 gives the same."""
+    head = ClassHead(1, TORCH)
+    variables = head.init(jax.random.key(0), jnp.zeros((1, 1)), train=False)
+    leaves = {("norm", "scale"): scale, ("dense", "kernel"): 1.0}
+    params = {
+        path: jnp.full(leaf.shape, leaves.get(path[-2:], 0.0))
+        for path, leaf in flatten_dict(variables["params"]).items()
+    }
+    logits = head.apply({**variables, "params": unflatten_dict(params)}, jnp.full((1, 1), normal), train=False)
+    assert float(logits[0, 0]) == pytest.approx(-0.005, rel=1e-4)

@@ -86,6 +86,12 @@ class Config:
     blur_epochs: int = setting(20, "epochs of the blur gate (ours)", least=1)
     foreground_batch: int = setting(32, "slides in a batch of the foreground network (§5.1)", least=1)
     multitask_batch: int = setting(16, "patches in a batch of the multi-task network (§5.1)", least=1)
+    screening_selection: str = setting(
+        "last",
+        "which screening network is kept; last: the one after all epochs, as the paper names no selection; loss: of the least "
+        "validation loss, where validation slides are many (ours)",
+        choices=("last", "loss"),
+    )
     screening_batch: int = setting(32, "slides in a batch of the screening network (§5.1)", least=1)
     blur_batch: int = setting(32, "patches in a batch of the blur gate (ours)", least=1)
     epoch_patches: int | None = setting(
@@ -110,6 +116,12 @@ class Config:
     )
     aspect: float = setting(0.2, "augmentation: largest change of the sides' ratio (ours)", least=0)
     contrast: float = setting(0.2, "augmentation: largest change of the contrast (ours)", least=0, below=1)
+    foreground_density: float = setting(
+        0.6,
+        "augmentation of the foreground network's pictures: largest change of the optical density, for pale and dark stains (ours)",
+        least=0,
+        below=1,
+    )
     noise: float = setting(8.0, "augmentation: largest deviation of Gaussian noise, of 255 (ours)", least=0)
     repeats: int = setting(4, "random sub-samplings, where the cohort table gives no splits (§5.2)", least=1)
     test_share: float = setting(0.3, "share of the patients in the test split of each (§5.2)", above=0, below=1)
@@ -220,10 +232,11 @@ def _pixel_counts(dense: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
 
 
 def foreground_loss(config: Config) -> Loss:
-    """Mean cross-entropy of the pixels of thumbnails with masks of tissue; their views are those of the patches."""
+    """Mean cross-entropy of the pixels of thumbnails with masks of tissue; their views are those of the patches, and of other densities."""
+    views = dataclasses.replace(config.views, density=config.foreground_density)
 
     def prepare(image: jax.Array, mask: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        pixels, tissue = random_views(image, mask, key, config.views)
+        pixels, tissue = random_views(image, mask, key, views)
         return unit_range(pixels), tissue
 
     return multi_task(ForegroundNet(), prepare=prepare, class_weight=0.0)

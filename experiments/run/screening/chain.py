@@ -1,4 +1,4 @@
-"""The stages of gastric screening one after the other, over one division of a cohort, or of a list of patches."""
+"""The stages of gastric screening one after the other, over one division of a cohort."""
 
 from __future__ import annotations
 
@@ -13,66 +13,42 @@ from jax.sharding import Mesh
 
 from data_pipelines.cohort import Cohort, CohortError, read_columns, write_cohort
 from data_pipelines.exports import write_json, write_table, write_text
-from data_pipelines.patches import Patches
 from data_pipelines.tiles import Grid
+from experiments.run.model import WEIGHTS
+from experiments.run.scoring import probability
 from experiments.run.screening.blur import blur_stage
-from experiments.run.screening.examples import Examples, TiledCohort, listed_examples, tile_cohort
-from experiments.run.screening.features import PatchNetwork, SlideFeatures, patch_scorer, read_features, write_features
+from experiments.run.screening.examples import Examples, TiledCohort, tile_cohort
+from experiments.run.screening.features import (
+    PatchNetwork,
+    SlideFeatures,
+    keep_features_of,
+    patch_scorer,
+    read_features,
+    write_features,
+)
 from experiments.run.screening.fitting import Fitter, Stage, Trained
-from experiments.run.screening.foreground import foreground_stage
-from experiments.run.screening.judging import REVIEWED, JudgedSlides, judge_patches, read_results
+from experiments.run.screening.foreground import foreground_stage, write_pairs
+from experiments.run.screening.judging import REVIEWED, JudgedSlides, read_results
 from experiments.run.screening.model import PICTURE, GateSpec, ScreeningModel, ScreeningSpec, fresh_screening
+from experiments.run.screening.origins import adopt, changed, write_record
 from experiments.run.screening.page import render_run
+from experiments.run.screening.patch_chain import RESULTS, Network, judged_patches, stands
 from experiments.run.screening.refining import MaskFolder, proposals_of
 from experiments.run.screening.stages import multitask_stage, screening_stage
-from experiments.run.workdir import Workdir, versions
+from experiments.run.workdir import Workdir, WorkdirError, versions
 from srcc_jax.methods.gastric_screening import Config, youden_threshold
-from srcc_jax.models.architecture import Architecture
 from srcc_jax.models.blur import BlurNet
 from srcc_jax.models.foreground import ForegroundNet
 from srcc_jax.models.layers import init_variables
 
-STAGES = ("refine", "foreground", "multitask", "features", "screening", "blur")
-RESULTS = "metrics.json"
-
-Network = tuple[Architecture, Mapping[str, Any]]
-"""The network of the patches before training: architecture, variables."""
-
-
-@dataclasses.dataclass
-class PatchRun:
-    """The multi-task network over a list of patches with splits."""
-
-    config: Config
-    network: Network
-    mesh: Mesh
-    workdir: Workdir
-    listing: pathlib.Path
-    patches: Patches
-    threads: int
-    stop: Callable[[], bool]
-
-    def run(self) -> dict[str, Any]:
-        """Trains it and judges it on the test patches, unless that is done. Returns the numbers of merit."""
-        if (self.workdir.path / RESULTS).exists():
-            return read_results(self.workdir.path / RESULTS)
-        architecture, variables = self.network
-        examples = listed_examples(self.listing, self.patches, self.config)
-        examples.check()
-        fitter = Fitter(self.config, self.mesh, self.workdir, self.threads, self.stop)
-        stage = multitask_stage(self.config, architecture, examples)
-        trained = fitter.trained(stage, variables)
-        result = {
-            "patches": _judged_patches(fitter, stage, trained, examples, self.config),
-            "examples": examples.counts(),
-        }
-        write_json(self.workdir.path / RESULTS, {**result, "step": trained.step, "versions": versions()})
-        return result
+STAGES = ("refine", "pairs", "foreground", "multitask", "features", "screening", "blur")
+SHARED = ("refine", "pairs")  # those that need no splits: once, however many repeats there are
+NETWORKS = ("multitask", "screening", "foreground", "blur")
 
 
 @dataclasses.dataclass
 class SlideRun:
-    """All stages over a cohort with splits. shared: folder of what does not depend on the splits: masks and tiles."""
+    """All stages over a cohort with splits. shared: folder of what does not depend on the splits: masks, tiles and pairs."""
 
     config: Config
     network: Network
@@ -94,9 +70,13 @@ class SlideRun:
 
     def run(self, wanted: str) -> dict[str, Any] | None:
         """Does one stage, or all of them, and judges the test split where that is what is left to do: then its numbers of merit."""
-        write_cohort(self.workdir.path / "cohort.csv", self.cohort)
+        if wanted not in SHARED:
+            write_cohort(self.workdir.path / "cohort.csv", self.cohort)
+        adopt(self._features_folder, "*.npz", self._fitter.checksums("multitask"))
+        adopt(self.workdir.path, RESULTS, self._fitter.checksums(*NETWORKS))
         stages: dict[str, Callable[[], object]] = {
             "refine": self._refine,
+            "pairs": self._pairs,
             "foreground": self._foreground,
             "multitask": self._multitask,
             "features": self._features,
@@ -105,7 +85,29 @@ class SlideRun:
         }
         for name in STAGES if wanted == "all" else (wanted,):
             stages[name]()
-        return self._judge() if wanted == "all" else None
+            self._tell(name)
+        if wanted == "all":
+            return self._judge()
+        others = changed(self.workdir.path, self._fitter.checksums(*NETWORKS))
+        if others and (self.workdir.path / RESULTS).exists():
+            print(f"{RESULTS} and {WEIGHTS} are of another {' and '.join(others)} network: --stage=all makes them anew")
+        return None
+
+    def _tell(self, name: str) -> None:
+        """Which network a stage left."""
+        if trained := self._fitter.finished(name) if name in NETWORKS else None:
+            numbers = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in trained.metrics.items())
+            print(f"{name}: {self.workdir.path / name / WEIGHTS}: step {trained.step}, {numbers}", flush=True)
+
+    @property
+    def _features_folder(self) -> pathlib.Path:
+        return self.workdir.path / "features"
+
+    @property
+    def _pairs_folder(self) -> pathlib.Path:
+        """Where thumbnails and their masks are: for all repeats, and in runs of older versions in the stage's own folder."""
+        own = self.workdir.path / "foreground"
+        return own if (own / "tissue").is_dir() else self.shared / "pairs"
 
     @property
     def tiled(self) -> TiledCohort:
@@ -122,12 +124,22 @@ class SlideRun:
         return self._tiled
 
     def _refine(self) -> None:
-        found = self._masks.refine(self.cohort.records, threads=self.threads)
+        found = self._masks.refine(self.cohort.records, positive=self.config.positive, threads=self.threads)
         print(f"refined masks: {len(found)} slides, listed in {self.shared / 'refine.csv'}", flush=True)
 
+    def _pairs(self) -> None:
+        print(
+            f"pairs: {self._write_pairs()} in {self._pairs_folder}: delete the masks in tissue/ that are wrong",
+            flush=True,
+        )
+
+    def _write_pairs(self) -> int:
+        slides = self.tiled.slides.records
+        return write_pairs(self.config, slides, self.tiled.shelf, self._pairs_folder, threads=self.threads)
+
     def _foreground(self) -> None:
-        folder, slides = self.workdir.path / "foreground", self.tiled
-        stage = foreground_stage(self.config, slides.slides.records, slides.shelf, folder, threads=self.threads)
+        self._write_pairs()
+        stage = foreground_stage(self.config, self.tiled.slides.records, self._pairs_folder)
         self._fitter.trained(stage, init_variables(ForegroundNet(), self._key(2), PICTURE))
 
     def _examples(self) -> tuple[Stage, Examples]:
@@ -144,16 +156,24 @@ class SlideRun:
             raise CohortError(f"{self.workdir.path} holds no multi-task network yet: run --stage=multitask first")
         scorer = patch_scorer(self.network[0], tile=self.config.tile, mesh=self.mesh)
         network = PatchNetwork(scorer, scorer.fold(trained.variables))
-        folder = self.workdir.path / "features"
+        folder = self._features_folder
+        keep_features_of(self._fitter.checksums("multitask"), folder)
         failed = write_features(self.tiled, network, folder, threads=self.threads, stop=self.stop)
         for name, reason in failed.items():
             print(f"no features: {name}: {reason}", flush=True)
+        print(f"features: {len(list(folder.glob('*.npz')))} slides in {folder}", flush=True)
 
     def _slide_features(self) -> tuple[SlideFeatures, np.ndarray]:
         """Of all slides that have them, and the split of each."""
         tiled = self.tiled
         names = [record.slide_id for record in tiled.slides.records]
-        found = read_features(self.workdir.path / "features", names, tiled.label, self.config)
+        found = read_features(self._features_folder, names, tiled.label, self.config)
+        network = self._fitter.checksums("multitask")
+        if network and changed(self._features_folder, network):
+            raise WorkdirError(
+                f"{self._features_folder} holds features of another multi-task network than {self.workdir.path / 'multitask'}: run "
+                "--stage=features first"
+            )
         split = {record.slide_id: str(record.split) for record in tiled.slides.records}
         return found, np.asarray([split[name] for name in found.slide_id])
 
@@ -169,8 +189,9 @@ class SlideRun:
         return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
 
     def _judge(self) -> dict[str, Any]:
-        """Writes the model, then looks at the test split; once, whatever is run again."""
-        if (self.workdir.path / RESULTS).exists():
+        """Writes the model, then looks at the test split; once, whatever is run again, but for networks that are new."""
+        networks = self._fitter.checksums(*NETWORKS)
+        if stands(self.workdir, networks):
             return read_results(self.workdir.path / RESULTS)
         slides, splits = self._slide_features()
         stage = screening_stage(self.config, slides, splits)
@@ -181,13 +202,15 @@ class SlideRun:
             if (splits == split).any()
         }
         validation = found["validation"]
-        chosen = youden_threshold(validation["label"], 1 / (1 + np.exp(-validation["logit"].astype(np.float64))))
+        chosen = youden_threshold(validation["label"], probability(validation["logit"]))
         thresholds = {"fixed": self.config.threshold, "validation": chosen}
         self._save(slides, chosen)
         result: dict[str, Any] = {"examples": self._examples()[1].counts(), "thresholds": thresholds}
         if "test" in found:
             result |= self._judged_test(slides, found["test"], thresholds)
+            result["largest patch"] = self._largest_patch(slides, found)
         write_json(self.workdir.path / RESULTS, {**result, "settings": self.settings, "versions": versions()})
+        write_record(self.workdir.path, networks)
         return result
 
     def _judged_test(
@@ -207,12 +230,22 @@ class SlideRun:
         stage, examples = self._examples()
         if len(examples.rows["test"]):
             trained = self._multitask()
-            result["patches"] = _judged_patches(self._fitter, stage, trained, examples, self.config)
+            result["patches"] = judged_patches(self._fitter, stage, trained, examples, self.config)
         return result
 
+    def _largest_patch(self, slides: SlideFeatures, found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+        """The obvious baseline: a slide's score is that of its most malignant patch, the threshold that of the validation slides."""
+        validation, test = (
+            (each["label"], slides.largest[each["row"]]) for each in (found["validation"], found["test"])
+        )
+        records = {record.slide_id: record for record in self.tiled.slides.records}
+        chosen = [records[slides.slide_id[row]] for row in found["test"]["row"]]
+        thresholds = {"validation": youden_threshold(validation[0], probability(validation[1]))}
+        return JudgedSlides.of(chosen, *test, {}).merit(thresholds, seed=self.config.seed)
+
     def _save(self, slides: SlideFeatures, chosen: float) -> None:
-        config, names = self.config, ("multitask", "screening", "foreground", "blur")
-        trained = {name: found for name in names if (found := self._fitter.finished(name))}
+        config = self.config
+        trained = {name: found for name in NETWORKS if (found := self._fitter.finished(name))}
         variables = {"patches" if n == "multitask" else n: found.variables for n, found in trained.items()}
         spec = ScreeningSpec(config.top_k, slides.features.shape[-1], config.width, config.threshold, chosen)
         gates = GateSpec(config.thumbnail, config.thumbnail_mpp, config.blur_side, config.blur_radius)
@@ -226,10 +259,3 @@ class SlideRun:
         grid = Grid(tile=config.tile, stride=config.stride, mpp=config.mpp)
         model = ScreeningModel(self.network[0], variables, grid, config.min_tissue, config.positive, spec, gates, about)
         model.save(self.workdir.path)
-
-
-def _judged_patches(
-    fitter: Fitter, stage: Stage, trained: Trained, examples: Examples, config: Config
-) -> dict[str, Any]:
-    found = fitter.judged(stage, trained.variables, examples.rows["test"])
-    return judge_patches(found, examples.unit[found["row"]], seed=config.seed)

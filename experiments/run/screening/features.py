@@ -20,6 +20,7 @@ from data_pipelines.slides import SlideError
 from experiments.run.progress import progress
 from experiments.run.scoring import TileScorer
 from experiments.run.screening.examples import TiledCohort
+from experiments.run.screening.origins import Checksums, changed, write_record
 from srcc_jax.kernels.top_k import select_top_k
 from srcc_jax.methods.gastric_screening import Config, malignancy_logit
 from srcc_jax.models import zoo
@@ -78,13 +79,14 @@ class PatchNetwork:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SlideFeatures:
-    """What the screening network sees of S slides. features float32 [S, k, D], valid bool [S, k], label int [S], slide_id str [S].
-    A Reader: rows are slides."""
+    """What the screening network sees of S slides. features float32 [S, k, D], valid bool [S, k], label int [S], slide_id str [S];
+    largest float32 [S]: the logit of the most malignant patch, which it does not see. A Reader: rows are slides."""
 
     features: np.ndarray
     valid: np.ndarray
     label: np.ndarray
     slide_id: np.ndarray
+    largest: np.ndarray
 
     def read(self, rows: np.ndarray, *, size: int) -> PatchBatch:
         """The batch of these slides, filled up with padding to `size`."""
@@ -105,6 +107,16 @@ def top_patches(logit: np.ndarray, *, k: int) -> np.ndarray:
     """int [k' <= k]: rows of the highest logits float [n] of a slide, best first, of equals the lowest row; none that is NaN."""
     rows, valid = select_top_k(jnp.asarray(logit), jnp.zeros(len(logit), jnp.int32), slides=1, k=k)
     return np.asarray(rows[0])[np.asarray(valid[0])]
+
+
+def keep_features_of(networks: Checksums, folder: pathlib.Path) -> None:
+    """Removes what is there of other networks, so that it is made again, and records these."""
+    stale = list(folder.glob("*.npz")) if changed(folder, networks) else []
+    if stale:
+        print(f"{folder}: {len(stale)} files are of another multi-task network and are made again", flush=True)
+    for file in stale:
+        file.unlink()
+    write_record(folder, networks)
 
 
 def write_features(
@@ -148,12 +160,13 @@ def read_features(folder: pathlib.Path, slide_ids: Sequence[str], label: np.ndar
     known = [number for number, name in enumerate(slide_ids) if (folder / f"{name}.npz").exists()]
     if not known:
         raise SlideError(f"{folder} holds features of no slide: run the stage `features` first")
-    stored = []
-    for number in known:
+    stored, largest = [], np.zeros(len(known), np.float32)
+    for place, number in enumerate(known):
         with np.load(folder / f"{slide_ids[number]}.npz", allow_pickle=False) as file:
             stored.append(file["features"])
+            largest[place] = file["logit"].max()
     features = np.zeros((len(known), config.top_k, stored[0].shape[1]), np.float32)
     valid = np.zeros((len(known), config.top_k), bool)
     for place, found in enumerate(stored):
         features[place, : len(found)], valid[place, : len(found)] = found, True
-    return SlideFeatures(features, valid, label[known], np.asarray(slide_ids)[known])
+    return SlideFeatures(features, valid, label[known], np.asarray(slide_ids)[known], largest)

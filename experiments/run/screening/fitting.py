@@ -30,7 +30,8 @@ from srcc_jax.plateau import adjustable_adam, rate_of, with_rate
 from srcc_jax.train import Keep, StepFn, TrainState, best_checkpoint, fit, init_state, make_train_step
 
 METRIC = "validation_loss"
-KEEP = Keep(metric=METRIC, mode="min")
+LEAST_LOSS = Keep(metric=METRIC, mode="min")
+LAST = Keep(metric="trained_steps", mode="max")
 KIND = "stage of gastric screening"
 _BEGUN = "begun.json"
 
@@ -41,7 +42,7 @@ class Stage:
 
     loss: takes batches with the arrays `inputs` of the reader's. judge: gives numbers of each example of such a batch. summary: of
     what it gave of the validation rows, in their order, with label float [V] among it, makes the metrics; METRIC is added. digest:
-    of all that decides which examples are seen (see `digest_of`).
+    of all that decides which examples are seen (see `digest_of`). keep: which of the networks after each epoch is the stage's.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Stage:
     judge: Judge
     summary: Callable[[Mapping[str, np.ndarray]], Mapping[str, float]]
     digest: str
+    keep: Keep = LEAST_LOSS
 
     @property
     def ends(self) -> list[int]:
@@ -77,7 +79,7 @@ def digest_of(*arrays: np.ndarray) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """variables of the best checkpoint, its step and its evaluation. digest: of the examples that it was trained on."""
+    """variables of the checkpoint that is kept, its step and its evaluation. digest: of the examples that it was trained on."""
 
     variables: Mapping[str, Any]
     step: int
@@ -113,8 +115,13 @@ class Fitter:
         variables = flax.traverse_util.unflatten_dict(dict(flat), sep="/")
         return Trained(variables, card["step"], card["metrics"], card["digest"])
 
+    def checksums(self, *names: str) -> dict[str, str]:
+        """Stage -> checksum of its weights, as its card has it, of those of these stages that are finished."""
+        folders = {name: self.workdir.path / name for name in names}
+        return {name: str(read_card(at)["checksum"]) for name, at in folders.items() if (at / CARD).exists()}
+
     def trained(self, stage: Stage, variables: Mapping[str, Any]) -> Trained:
-        """The network of a stage with the least validation loss, trained from `variables` on where that is not done. A killed run goes on
+        """The network of a stage that is kept, trained from `variables` on where that is not done. A killed run goes on
         from its last checkpoint. Raises WorkdirError where the stage was begun on other examples."""
         folder = self.workdir.path / stage.name
         found = self.finished(stage.name)
@@ -123,8 +130,9 @@ class Fitter:
             write_json(note, {"digest": stage.digest})
         if (found.digest if found else json.loads(note.read_text())["digest"]) != stage.digest:
             raise WorkdirError(
-                f"{folder}: the stage was begun on other examples: slides or annotations have changed, or could not be read in one of the "
-                "starts. Make them as they were, remove this folder and what was made with it, or give another --workdir"
+                f"{folder}: the stage was begun on other examples: slides, annotations or the networks before it have changed, or slides "
+                "could not be read in one start. Make them as they were, remove this folder and what was made with it, or give another "
+                "--workdir"
             )
         return found or self._fit(stage, variables, folder)
 
@@ -137,7 +145,7 @@ class Fitter:
             for end in stage.ends:
                 if int(state.step) < end:
                     state = self._epoch(stage, checkpoints, step_fn, judge, state, end)
-            best = best_checkpoint(KEEP, checkpoints, state)
+            best = best_checkpoint(stage.keep, checkpoints, state)
             metrics = dict(best.metrics)
         flat = flatten(best.variables)
         about = {"step": best.step, "metrics": metrics, "digest": stage.digest}
@@ -164,8 +172,9 @@ class Fitter:
 
         def evaluate(state: TrainState) -> dict[str, float]:
             found = self._judged(stage, judge, {"params": state.params, **state.stats}, stage.validation)
-            rate = float(rate_of(state))
-            return {METRIC: float(found["loss"].mean()), "learning_rate": rate, **stage.summary(found)}
+            loss, rate = float(found["loss"].mean()), float(rate_of(state))
+            place = {LAST.metric: float(end)} if stage.keep == LAST else {}
+            return {METRIC: loss, "learning_rate": rate, **place, **stage.summary(found)}
 
         return fit(
             step_fn,
@@ -175,7 +184,7 @@ class Fitter:
             mesh=self.mesh,
             evaluate=evaluate,
             every=end,
-            keep=KEEP,
+            keep=stage.keep,
             checkpoints=checkpoints,
             log=lambda step, row: self._log(stage, step, row),
             stop=self.stop,

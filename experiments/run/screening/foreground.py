@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from data_pipelines.cohort import CohortError, SlideRecord
-from data_pipelines.exports import write_image
+from data_pipelines.cohort import CohortError, SlideRecord, read_columns
+from data_pipelines.exports import write_image, write_table
 from data_pipelines.lesion_masks import write_mask
 from data_pipelines.masked_patches import MaskedPatchReader
 from data_pipelines.patches import Patches, PatchReader, ShuffledRows
@@ -23,25 +23,26 @@ from experiments.run.screening.stages import merit
 from srcc_jax.methods import gastric_screening as method
 from srcc_jax.methods.gastric_screening import Config
 
+LIST = "pairs.csv"
 
-def foreground_stage(
-    config: Config, records: Sequence[SlideRecord], shelf: Shelf, folder: pathlib.Path, *, threads: int
-) -> Stage:
-    """The foreground network. Pairs are written once to thumbnails/ and tissue/ in `folder`: a pair whose mask is deleted, because
-    deconvolution and Otsu failed on it, is not learnt from (§4.1)."""
-    write_pairs(config, records, shelf, folder, threads=threads)
-    records = [r for r in records if (folder / "tissue" / f"{r.slide_id}.png").exists()]
+
+def foreground_stage(config: Config, records: Sequence[SlideRecord], folder: pathlib.Path) -> Stage:
+    """The foreground network, taught by the pairs in `folder`: one of which a file is deleted, because deconvolution and Otsu failed
+    on it, is not learnt from (§4.1)."""
+    records = [record for record in records if all(file.exists() for file in pair_of(folder, record))]
     split = np.array([record.split for record in records])
     known = np.array([record.slide_id for record in records])
-    files = tuple(folder / "thumbnails" / f"{name}.png" for name in known)
+    files = tuple(pair_of(folder, record)[0] for record in records)
     patches = Patches(files, np.full(len(known), "tissue"), known, known, split)
     reader = PatchReader(patches, np.ones(len(known), np.float32), config.thumbnail)
     rows = {name: patches.rows(name) for name in SPLITS}
     if not len(rows["train"]) or not len(rows["validation"]):
-        raise CohortError(f"{folder / 'tissue'}: no mask is left in the train or validation split")
+        raise CohortError(
+            f"{folder}: no pair is left in the train or validation split: remove the folder, and all are written anew"
+        )
     return Stage(
         name="foreground",
-        reader=MaskedPatchReader(reader, tuple(folder / "tissue" / f"{name}.png" for name in known)),
+        reader=MaskedPatchReader(reader, tuple(pair_of(folder, record)[1] for record in records)),
         inputs=("image", "mask"),
         rows=ShuffledRows(rows["train"], config.foreground_batch, config.seed),
         epoch=len(rows["train"]),
@@ -57,21 +58,30 @@ def foreground_stage(
 
 def write_pairs(
     config: Config, records: Sequence[SlideRecord], shelf: Shelf, folder: pathlib.Path, *, threads: int
-) -> None:
-    """Thumbnail and mask of tissue of every slide, both `thumbnail` pixels square. A slide whose thumbnail is there is left alone."""
+) -> int:
+    """Thumbnail and mask of tissue of every slide, both `thumbnail` pixels square: once, because what is deleted of those that pairs.csv
+    lists stays deleted. Returns how many pairs are whole."""
+    listed = set(read_columns(folder / LIST, ())) if (folder / LIST).exists() else set()
 
     def write(record: SlideRecord) -> None:
-        thumbnail = folder / "thumbnails" / f"{record.slide_id}.png"
-        if thumbnail.exists():
+        thumbnail, tissue = pair_of(folder, record)
+        if record.slide_id in listed or thumbnail.exists():
             return
         with shelf.lend(record.slide_id) as slide:
             pixels = square_thumbnail(slide.thumbnail(config.thumbnail_mpp), config.thumbnail)
-        write_mask(folder / "tissue" / thumbnail.name, tissue_mask(pixels, "stain"))
+        write_mask(tissue, tissue_mask(pixels, "stain"))
         write_image(thumbnail, pixels)
 
     with progress(len(records), "thumbnails", unit="slides") as bar:
         for _ in work_ahead(records, write, threads=threads, ahead=threads, name="thumbnails"):
             bar.update()
+    write_table(folder / LIST, {"slide_id": sorted(listed | {record.slide_id for record in records})})
+    return sum(all(file.exists() for file in pair_of(folder, record)) for record in records)
+
+
+def pair_of(folder: pathlib.Path, record: SlideRecord) -> tuple[pathlib.Path, pathlib.Path]:
+    """Thumbnail and mask of a slide."""
+    return folder / "thumbnails" / f"{record.slide_id}.png", folder / "tissue" / f"{record.slide_id}.png"
 
 
 def square_thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:

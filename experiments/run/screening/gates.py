@@ -35,11 +35,7 @@ class ForegroundFinder:
 
     def mask(self, slide: Slide, *, shape: tuple[int, int]) -> np.ndarray:
         """Tissue on a whole slide, bool [height, width] of `shape`, at probability 0.5."""
-        return self.of_thumbnail(slide.thumbnail(self.gates.thumbnail_mpp), shape=shape)
-
-    def of_thumbnail(self, thumbnail: np.ndarray, *, shape: tuple[int, int]) -> np.ndarray:
-        """The same from a picture uint8 [h, w, 3] of the whole slide at `thumbnail_mpp` µm per pixel."""
-        pixels = square_thumbnail(thumbnail, self.gates.thumbnail)
+        pixels = square_thumbnail(slide.thumbnail(self.gates.thumbnail_mpp), self.gates.thumbnail)
         logit = np.array(_foreground(self.variables, pixels[None])[0, ..., 0])
         return np.asarray(Image.fromarray(logit).resize(shape[::-1], Image.Resampling.BILINEAR)) > 0
 

@@ -18,6 +18,7 @@ from srcc_jax.methods.gastric_screening import Verdicts
 from srcc_jax.metrics import Interval, average_precision, bootstrap, dice, roc_auc
 
 REVIEWED = ("subtype", "site", "year")  # columns of a cohort table by which errors are counted, where it has them
+ALL_YEARS = "all"
 
 
 def judge_patches(found: Mapping[str, np.ndarray], unit: np.ndarray, *, seed: int) -> dict[str, Any]:
@@ -88,24 +89,30 @@ class JudgedSlides:
         return result
 
     def sites(self, threshold: float) -> list[dict[str, Any]]:
-        """A row for each site and year, as Tables 2 and 3 of the paper have them; empty where the cohort tells neither."""
-        names = [name for name in ("site", "year") if name in self.groups]
+        """A row for each site and year, as Tables 2 and 3 of the paper have them, and one of all years for each site that has several;
+        empty where the cohort tells neither."""
+        none = np.full(len(self.label), "")
+        site, year = (self.groups.get(name, none) for name in ("site", "year"))
         rows = []
-        for key in sorted(set(zip(*(self.groups[name].tolist() for name in names)))):
-            inside = np.logical_and.reduce([self.groups[name] == value for name, value in zip(names, key)])
-            verdicts = Verdicts.at(self.label[inside], self.score[inside], threshold)
-            counts = {"total": int(inside.sum()), "positive": verdicts.tp + verdicts.fn}
-            rows.append(
-                {
-                    **{"site": "", "year": ""},
-                    **dict(zip(names, key)),
-                    **counts,
-                    "negative": counts["total"] - counts["positive"],
-                    "sensitivity": verdicts.sensitivity,
-                    "specificity": verdicts.specificity,
-                }
-            )
+        for place in sorted(set(site.tolist())) if {"site", "year"} & self.groups.keys() else ():
+            years = sorted(set(year[site == place].tolist()))
+            rows += [self._site_row(place, value, (site == place) & (year == value), threshold) for value in years]
+            if place and len(years) > 1:
+                rows.append(self._site_row(place, ALL_YEARS, site == place, threshold))
         return rows
+
+    def _site_row(self, site: str, year: str, inside: np.ndarray, threshold: float) -> dict[str, Any]:
+        verdicts = Verdicts.at(self.label[inside], self.score[inside], threshold)
+        total, positive = int(inside.sum()), verdicts.tp + verdicts.fn
+        shares = {"sensitivity": verdicts.sensitivity, "specificity": verdicts.specificity}
+        return {
+            "site": site,
+            "year": year,
+            "total": total,
+            "positive": positive,
+            "negative": total - positive,
+            **shares,
+        }
 
     def errors(self, threshold: float) -> list[dict[str, Any]]:
         """By column and value: slides, and how many were missed or falsely called (§6.2); most errors first."""

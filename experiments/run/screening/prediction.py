@@ -34,6 +34,7 @@ from experiments.run.slide_result import SlideResult
 from experiments.run.slide_state import model_hash
 from experiments.run.workdir import Workdir
 from srcc_jax.metrics import Metric, roc_auc, sensitivity, specificity
+from srcc_jax.models import zoo
 from srcc_jax.models.screening import ScreeningNet
 from srcc_jax.parallel import make_mesh
 
@@ -98,7 +99,9 @@ class ScreeningKind:
             raise UsageError(
                 f"--tissue={FOREGROUND}: {given.workdir.value} has no foreground network: give --tissue={OTSU}"
             )
-        finer = given.grid(tile=grid.tile, stride=grid.stride, mpp=grid.mpp)
+        has_map = model.architecture.name not in zoo.CLASSIFIERS
+        stride = overlapping_stride(grid) if has_map else grid.stride
+        finer = given.grid(tile=grid.tile, stride=stride, mpp=grid.mpp)
         if grid.stride % finer.stride:
             raise UsageError(
                 f"--stride={finer.stride} does not divide the model's stride of {grid.stride} px, on whose grid the patches of the verdict "
@@ -121,6 +124,14 @@ class ScreeningKind:
             formats=given.chosen_formats(WRITERS, SCREENING_FORMATS),
             thresholds=given.chosen_thresholds(THRESHOLDS, highest=1, what="probabilities"),
         )
+
+
+def overlapping_stride(grid: Grid) -> int:
+    """Of lesion maps without seams: the model's stride, halved until it is at most half a tile, as far as it can be."""
+    stride = grid.stride
+    while 2 * stride > grid.tile and stride % 2 == 0:
+        stride //= 2
+    return stride
 
 
 def lesion_cell(grid: Grid) -> int:

@@ -11,17 +11,15 @@ import numpy as np
 from data_pipelines.cohort import SlideRecord
 from data_pipelines.prepare import PreparedSlide, prepare_slide
 from data_pipelines.quality import SlideQuality
-from data_pipelines.slides import RegionError, SlideError
-from data_pipelines.tiles import Grid
+from data_pipelines.slides import RegionError, SlideError, open_slide
+from data_pipelines.tiles import Grid, Tiles
 from data_pipelines.tissue import tissue_mask
 from experiments.run.screening.gates import ForegroundFinder, blur_logits
 from experiments.run.screening.model import GateSpec
 from experiments.run.slides import UNEXPECTED
 
 FOREGROUND, OTSU = "foreground", "otsu"
-AGREEMENT = (
-    0.5  # ours: tissue of the network and of Otsu's threshold whose intersection over union is below are worth a look
-)
+AGREEMENT = 0.7  # ours: tissue of network and Otsu's threshold whose intersection over union is below is worth a look
 _BATCH = 32
 
 
@@ -59,19 +57,20 @@ class SlideGates:
         min_tissue: float,
         tissue_rule: str,
         focus_patches: int,
+        judged_stride: int,
         mpp_override: float | None,
     ) -> GatedSlide:
         """The open slide with its tiles. tissue_rule: "foreground", for which "otsu" stands in where the network finds no tissue at all, or
-        "otsu"; focus_patches: how many are looked at for the focus. Raises SlideError."""
+        "otsu"; focus_patches: how many, of the grid of judged_stride, are looked at for the focus. Raises SlideError."""
         used, notes = [OTSU], []
 
         def find_tissue(thumbnail: np.ndarray) -> np.ndarray:
             simple = tissue_mask(thumbnail)
             if tissue_rule == OTSU:
                 return simple
-            found = ForegroundFinder(self.variables[FOREGROUND], self.spec).of_thumbnail(
-                thumbnail, shape=thumbnail.shape[:2]
-            )
+            finder = ForegroundFinder(self.variables[FOREGROUND], self.spec)
+            with open_slide(record.path, mpp_cohort=record.mpp, mpp_override=mpp_override) as slide:
+                found = finder.mask(slide, shape=thumbnail.shape[:2])  # from a picture at the network's own scale
             if not found.any():
                 notes.append("the foreground network finds no tissue: found by Otsu's threshold")
                 return simple
@@ -86,14 +85,15 @@ class SlideGates:
         prepared = prepare_slide(
             record, grid, min_tissue=min_tissue, mpp_override=mpp_override, find_tissue=find_tissue
         )
-        blurred = self.blurred_share(prepared, focus_patches) if "blur" in self.variables else None
+        looked_at = np.flatnonzero(on_judged_grid(prepared.tiles, judged_stride))
+        blurred = self.blurred_share(prepared, looked_at, focus_patches) if "blur" in self.variables else None
         quality = GatedQuality(**vars(prepared.quality), notes=tuple(notes))
         parts = {field.name: getattr(prepared, field.name) for field in dataclasses.fields(PreparedSlide)}
         return GatedSlide(**{**parts, "quality": quality}, tissue_rule=used[0], blurred=blurred)
 
-    def blurred_share(self, prepared: PreparedSlide, count: int) -> float | None:
-        """Of up to `count` tiles, evenly spread over the slide's, the share whose middle square is out of focus."""
-        rows = np.unique(np.linspace(0, len(prepared.tiles) - 1, min(count, len(prepared.tiles))).round().astype(int))
+    def blurred_share(self, prepared: PreparedSlide, rows: np.ndarray, count: int) -> float | None:
+        """Of up to `count` tiles, evenly spread over these rows, the share whose middle square is out of focus."""
+        rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
         squares = [square for row in rows if (square := self._square(prepared, row)) is not None]
         if not squares:
             return None
@@ -112,3 +112,9 @@ class SlideGates:
             return slide.read(tiles.x[row] + inset, tiles.y[row] + inset, side, side, tiles.mpp)
         except (RegionError, SlideError, *UNEXPECTED):
             return None
+
+
+def on_judged_grid(tiles: Tiles, stride: int) -> np.ndarray:
+    """bool [N]: the tiles of a finer grid that are also places of the grid of this stride; all of them where none is."""
+    found = (tiles.u % stride == 0) & (tiles.v % stride == 0)
+    return found if found.any() else np.ones(len(tiles), bool)

@@ -45,10 +45,10 @@ class MaskFolder:
     mpp_override: float | None = None
     proposals: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
 
-    def refine(self, records: Sequence[SlideRecord], *, threads: int) -> dict[str, RefinedMask]:
+    def refine(self, records: Sequence[SlideRecord], *, positive: str, threads: int) -> dict[str, RefinedMask]:
         """The masks of all annotated slides; those of the same annotation stand. An annotation that was corrected is refined again, and
         the change against the mask before it is told, and that against what was proposed. refine.csv lists all, with what could not be
-        done and why."""
+        done and why, and what is worth a look (see `doubt_of`). positive: the label of slides with lesion."""
         annotated = [record for record in records if record.annotation]
         rows: list[dict[str, object]] = []
         with progress(len(annotated), "refining masks", unit="slides") as bar:
@@ -65,11 +65,16 @@ class MaskFolder:
             "dice_with_earlier",
             *_PROPOSED,
             "reason",
+            "note",
         )
+        for record, row in zip(annotated, rows):
+            row["note"] = "" if row["reason"] else doubt_of(record, row, positive)
         write_table(self.folder.parent / "refine.csv", {name: [row.get(name) for row in rows] for name in names})
         for row in rows:
             if row["reason"]:
                 print(f"not refined: {row['slide_id']}: {row['reason']}", flush=True)
+            if row["note"]:
+                print(f"look at: {row['slide_id']}: {row['note']}", flush=True)
         as_proposed = sum(row.get("annotation") == row.get("proposal") for row in rows if row.get("proposal"))
         if as_proposed:
             print(
@@ -144,6 +149,15 @@ class MaskFolder:
     def _about(self, record: SlideRecord) -> dict | None:
         file = self._mask(record).with_suffix(".json")
         return json.loads(file.read_text()) if file.exists() else None
+
+
+def doubt_of(record: SlideRecord, row: Mapping[str, object], positive: str) -> str:
+    """Why the annotation of a slide, refined as its row of refine.csv says, may not be what was meant; empty where nothing tells."""
+    if not row["kept_mm2"]:
+        return "none of its outlines is on stained tissue" if row["outlined_mm2"] else "nothing is outlined"
+    if record.label not in (None, positive):
+        return f"outlined, but its label is {record.label}: the outlines are ignored, its tiles count as benign"
+    return ""
 
 
 def proposals_of(table: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -17,7 +17,7 @@ from data_pipelines.tiles import Tiles
 from experiments.run.journal import Journal, SlideScores
 from experiments.run.scoring import probability
 from experiments.run.screening.features import BLOCK, FEATURES, LESION, LOGIT
-from experiments.run.screening.prediction_gates import GatedSlide, SlideGates
+from experiments.run.screening.prediction_gates import GatedSlide, SlideGates, on_judged_grid
 from experiments.run.slide_formats import DEFAULT_FORMATS, FORMATS, PROBABILITY_MAP, FinishedSlide, MapStyle, Writer
 from experiments.run.slide_outputs import ValueCollector
 from experiments.run.slide_quality import write_slide_page
@@ -125,12 +125,6 @@ def tapering(side: int) -> np.ndarray:
     """float32 [side, side]: a Hann window, whose copies half a side apart sum to 1; above 0 everywhere."""
     line = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
     return np.outer(line, line).astype(np.float32)
-
-
-def on_judged_grid(tiles: Tiles, stride: int) -> np.ndarray:
-    """bool [N]: the tiles of a finer grid that are also places of the grid of this stride; all of them where none is."""
-    found = (tiles.u % stride == 0) & (tiles.v % stride == 0)
-    return found if found.any() else np.ones(len(tiles), bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +247,7 @@ class ScreeningTask:
             min_tissue=settings.min_tissue,
             tissue_rule=settings.tissue,
             focus_patches=settings.focus_patches,
+            judged_stride=settings.judged_stride,
             mpp_override=settings.mpp_override,
         )
 

@@ -10,7 +10,7 @@ from data_pipelines.cohort import CohortError
 from data_pipelines.patches import ShuffledRows
 from experiments.run.screening.examples import SPLITS, Examples
 from experiments.run.screening.features import SlideFeatures
-from experiments.run.screening.fitting import Stage, digest_of
+from experiments.run.screening.fitting import LAST, LEAST_LOSS, Stage, digest_of
 from srcc_jax import metrics
 from srcc_jax.methods import gastric_screening as method
 from srcc_jax.methods.gastric_screening import Config
@@ -56,6 +56,7 @@ def screening_stage(config: Config, slides: SlideFeatures, splits: np.ndarray) -
         judge=method.judge_slides(network),
         summary=merit,
         digest=digest_of(splits, slides.slide_id, slides.label, slides.valid, slides.features),
+        keep=LAST if config.screening_selection == "last" else LEAST_LOSS,
     )
 
 

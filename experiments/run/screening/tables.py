@@ -17,8 +17,8 @@ from srcc_jax.report import markdown_table
 
 SCREENING_COLUMNS = ("model", "sensitivity", "specificity", "average precision", "ROC AUC")
 SEGMENTATION_COLUMNS = ("model", "Dice, all pixels", "Dice, mean of slides or images")
-SITE_COLUMNS = ("site", "year", "total", "positive", "negative", "sensitivity", "specificity")
-ERROR_COLUMNS = ("column", "value", "slides", "missed", "falsely called")
+SITE_COLUMNS = ("repeat", "site", "year", "total", "positive", "negative", "sensitivity", "specificity")
+ERROR_COLUMNS = ("repeat", "column", "value", "slides", "missed", "falsely called")
 
 
 def write_tables(folder: pathlib.Path, config: Config, results: Sequence[Mapping[str, Any]]) -> None:
@@ -36,15 +36,20 @@ def row_name(model: str) -> str:
 
 
 def screening_rows(name: str, results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Our rows of Table 1, at 0.74 and at the validation threshold."""
-    judged = [result["slides"] for result in results if "slides" in result]
-    rows = []
-    for kind in ("fixed", "validation") if judged else ():
-        at = {"fixed": f"{judged[0][kind]['threshold']:g}", "validation": "the validation threshold"}[kind]
-        shares = [_over([found[kind][share] for found in judged]) for share in ("sensitivity", "specificity")]
-        areas = [_over([found[n] for found in judged if n in found]) for n in ("average precision", "ROC AUC")]
-        rows.append([f"{name}, here at {at}", *shares, *areas])
-    return rows
+    """Our rows of Table 1, at 0.74 and at the validation threshold, and the baseline: the most malignant patch alone."""
+    judged, largest = ([result[key] for result in results if key in result] for key in ("slides", "largest patch"))
+    at = "the validation threshold"
+    rows = [(f"largest patch alone, {name}, here at {at}", "validation", largest)] if largest else []
+    if judged:
+        fixed = f"{judged[0]['fixed']['threshold']:g}"
+        rows = [(f"{name}, here at {t}", kind, judged) for t, kind in ((fixed, "fixed"), (at, "validation"))] + rows
+    return [[title, *_slide_numbers(kind, found)] for title, kind, found in rows]
+
+
+def _slide_numbers(kind: str, judged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sensitivity and specificity at a threshold, average precision and ROC AUC, over the repeats."""
+    shares = [_over([found[kind][share] for found in judged]) for share in ("sensitivity", "specificity")]
+    return [*shares, *(_over([found[n] for found in judged if n in found]) for n in ("average precision", "ROC AUC"))]
 
 
 def segmentation_row(name: str, results: Sequence[Mapping[str, Any]]) -> list[str] | None:
@@ -98,17 +103,30 @@ def _segmentation(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _sites(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = [[*row.values()] for result in results for row in result.get("sites", ())]
+    rows = [(number, *row.values()) for number, result in enumerate(results) for row in result.get("sites", ())]
     if not rows:
         return []
-    ours = [[*row[:5], *map(shown, row[5:])] for row in rows]
+    ours = [[*row[:6], *map(shown, row[6:])] for row in rows]
     paper = [
-        [f"{site}, paper", year, str(total), str(positive), str(negative), f"{sensitivity:.4f}", f"{specificity:.4f}"]
+        [
+            "",
+            f"{site}, paper",
+            year,
+            str(total),
+            str(positive),
+            str(negative),
+            f"{sensitivity:.4f}",
+            f"{specificity:.4f}",
+        ]
         for site, year, total, positive, negative, sensitivity, specificity in SITES
     ]
     return ["## Table 3, sites and years, every repeat", "", markdown_table([*ours, *paper], SITE_COLUMNS)]
 
 
 def _errors(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = [[row[name] for name in ERROR_COLUMNS] for result in results for row in result.get("errors", ())]
+    rows = [
+        [number, *(row[name] for name in ERROR_COLUMNS[1:])]
+        for number, result in enumerate(results)
+        for row in result.get("errors", ())
+    ]
     return ["## Errors, §6.2, every repeat", "", markdown_table(rows, ERROR_COLUMNS)] if rows else []
