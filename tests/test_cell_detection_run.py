@@ -261,16 +261,18 @@ def test_self_training_stops_when_masks_stop_growing(runs, monkeypatch):
     assert listed(runs / "stopped", 3, "extra", "0_unet")["begin"] == FIRST
 
 
-def test_masks_that_are_cells_all_over_are_told(tmp_path):
+def test_masks_that_are_cells_all_over_or_nowhere_are_told(tmp_path):
     def found(*inner):
         parts = [f"{n:02d}_self" for n in range(len(inner))]
         return [rounds.Round(tmp_path / p / "a", 0, 1, None, False, {}, share) for p, share in zip(parts, inner)]
 
-    assert rounds.overgrown("a", found(0.1, 0.3, 0.31, 0.1)) == [
+    assert rounds.doubts("a", found(0.1, 0.3, 0.31, 0.1)) == [
         "a, 02_self: 31.0% of the masks is inner region, 10.0% where the boxes are: it takes too much for cells, or most cells had no "
         "box. Look at rounds/02_self/a"
     ]
-    assert len(rounds.overgrown("a", found(0.4, 0.5, 0.51))) == 1 and not rounds.overgrown("a", found(0.9))
+    (nothing,) = rounds.doubts("a", found(0.1, 0.0))
+    assert nothing == "a, 01_self: no image holds a cell by the masks: all are trained on as background"
+    assert len(rounds.doubts("a", found(0.4, 0.5, 0.51))) == 1 and not rounds.doubts("a", found(0.9))
 
 
 @pytest.mark.parametrize(

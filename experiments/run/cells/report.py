@@ -15,7 +15,7 @@ from data_pipelines.exports import write_image, write_json, write_text
 from data_pipelines.files import atomic_folder
 from experiments.run.cells.evaluation import FALSE_POSITIVES, FROC, INSTANCE_RECALL
 from experiments.run.cells.held_out import HELD_OUT, TRUTH, HeldOut
-from experiments.run.cells.rounds import CellData, Round, overgrown
+from experiments.run.cells.rounds import CellData, Round, doubts
 from experiments.run.workdir import Workdir, versions
 from srcc_jax.methods.cell_detection import Config
 from srcc_jax.methods.cell_detection_paper import TABLE
@@ -29,7 +29,7 @@ def write_results(
     settings: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Everything, metrics.json last."""
-    notes = [*notes, *(note for name, rounds in done.items() for note in overgrown(name, rounds))]
+    notes = [*notes, *(note for name, rounds in done.items() for note in doubts(name, rounds))]
     model = next(iter(done))
     last = _folders(held_out, done)[model][-1][1]
     merit = held_out.merit(last) if held_out.images else {}

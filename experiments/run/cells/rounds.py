@@ -220,7 +220,7 @@ class Rounds:
         """Says how much of the masks of a round that is yet to be trained on is inner region."""
         if learner.step == found.begin:
             print(f"{learner.name}, {found.name}: {found.inner:.1%} of the masks is inner region", flush=True)
-            for warning in overgrown(learner.name, [boxes, found]):
+            for warning in doubts(learner.name, [boxes, found]):
                 print(warning, flush=True)
 
     def _write_masks(
@@ -275,12 +275,17 @@ def inner_share(folder: pathlib.Path, images: Sequence[CellImage]) -> float:
     return float(counts[0] / counts[1])
 
 
-def overgrown(model: str, rounds: Sequence[Round]) -> list[str]:
-    """What is to be told of rounds of a model, the first of which has the masks of the boxes: that nearly everything became a cell."""
+def doubts(model: str, rounds: Sequence[Round]) -> list[str]:
+    """What is to be told of rounds of a model, the first of which has the masks of the boxes: that nearly everything became a cell, or
+    that nothing did."""
     boxes = rounds[0].inner
-    return [
-        f"{model}, {found.name}: {found.inner:.1%} of the masks is inner region, {boxes:.1%} where the boxes are: it takes too much for "
-        f"cells, or most cells had no box. Look at rounds/{found.name}/{model}"
-        for found in rounds[1:]
-        if found.inner > min(MOST_INNER, GROWTH * boxes)
-    ]
+    told = []
+    for found in rounds[1:]:
+        if found.inner > min(MOST_INNER, GROWTH * boxes):
+            told.append(
+                f"{model}, {found.name}: {found.inner:.1%} of the masks is inner region, {boxes:.1%} where the boxes are: it takes too "
+                f"much for cells, or most cells had no box. Look at rounds/{found.name}/{model}"
+            )
+        elif found.inner == 0:
+            told.append(f"{model}, {found.name}: no image holds a cell by the masks: all are trained on as background")
+    return told
