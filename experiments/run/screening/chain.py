@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from data_pipelines.cohort import Cohort, CohortError, read_columns, write_cohort
+from data_pipelines.cohort import Cohort, CohortError, SlideRecord, read_columns, write_cohort
 from data_pipelines.exports import write_json, write_table, write_text
 from data_pipelines.tiles import Grid
 from experiments.run.model import WEIGHTS
@@ -216,9 +216,9 @@ class SlideRun:
     def _judged_test(
         self, slides: SlideFeatures, found: Mapping[str, np.ndarray], thresholds: Mapping[str, float]
     ) -> dict[str, Any]:
-        records = {record.slide_id: record for record in self.tiled.slides.records}
-        chosen = [records[slides.slide_id[row]] for row in found["row"]]
-        judged = JudgedSlides.of(chosen, found["label"], found["logit"], read_columns(self.table, REVIEWED))
+        judged = JudgedSlides.of(
+            self._records_of(slides, found["row"]), found["label"], found["logit"], read_columns(self.table, REVIEWED)
+        )
         write_table(self.workdir.path / "slides.csv", judged.table(thresholds))
         merit = judged.merit(thresholds, seed=self.config.seed)
         failed = [f"{record.slide_id}: {reason}" for record, reason in self.tiled.slides.failed]
@@ -238,10 +238,13 @@ class SlideRun:
         validation, test = (
             (each["label"], slides.largest[each["row"]]) for each in (found["validation"], found["test"])
         )
-        records = {record.slide_id: record for record in self.tiled.slides.records}
-        chosen = [records[slides.slide_id[row]] for row in found["test"]["row"]]
         thresholds = {"validation": youden_threshold(validation[0], probability(validation[1]))}
-        return JudgedSlides.of(chosen, *test, {}).merit(thresholds, seed=self.config.seed)
+        judged = JudgedSlides.of(self._records_of(slides, found["test"]["row"]), *test, {})
+        return judged.merit(thresholds, seed=self.config.seed)
+
+    def _records_of(self, slides: SlideFeatures, rows: np.ndarray) -> list[SlideRecord]:
+        records = {record.slide_id: record for record in self.tiled.slides.records}
+        return [records[slides.slide_id[row]] for row in rows]
 
     def _save(self, slides: SlideFeatures, chosen: float) -> None:
         config = self.config

@@ -108,17 +108,8 @@ def _sites(results: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     ours = [[*row[:6], *map(shown, row[6:])] for row in rows]
     paper = [
-        [
-            "",
-            f"{site}, paper",
-            year,
-            str(total),
-            str(positive),
-            str(negative),
-            f"{sensitivity:.4f}",
-            f"{specificity:.4f}",
-        ]
-        for site, year, total, positive, negative, sensitivity, specificity in SITES
+        ["", f"{site}, paper", year, *map(str, counts), *(f"{share:.4f}" for share in shares)]
+        for site, year, *counts, shares in ((*row[:5], row[5:]) for row in SITES)
     ]
     return ["## Table 3, sites and years, every repeat", "", markdown_table([*ours, *paper], SITE_COLUMNS)]
 
